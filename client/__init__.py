@@ -1,0 +1,1 @@
+"""The Flower ClientApp: one hospital with its data, its cache and its consent."""

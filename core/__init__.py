@@ -1,0 +1,1 @@
+"""Shared by every side: settings, messages, arithmetic, files, training; imports no other."""

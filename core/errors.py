@@ -1,0 +1,48 @@
+"""Errors a user of this package can meet.
+
+* DafneFederatedError
+  - ModelFileError   a `.model` file cannot be read, written or adapted
+  - ApprovalError    a model was about to be executed that nobody approved
+  - DataError        images or masks are missing or do not fit together
+  - AdapterError     a layer, shape or rank does not fit the base model
+  - StateError       the arrays of an update are not what the plan says
+  - MessageError     a message from the other side is not what the protocol says
+  - SettingsError    a setting is unknown, missing or out of range
+  - RunError         a federation could not start, go on or end
+"""
+
+
+class DafneFederatedError(Exception):
+    """Base of all errors raised on purpose by this package."""
+
+
+class ModelFileError(DafneFederatedError):
+    """A `.model` file cannot be read, written or adapted."""
+
+
+class ApprovalError(DafneFederatedError):
+    """A model was about to be executed that nobody on this machine approved."""
+
+
+class DataError(DafneFederatedError):
+    """Images or masks are missing or do not fit together."""
+
+
+class AdapterError(DafneFederatedError):
+    """A layer, shape or rank does not fit the base model."""
+
+
+class StateError(DafneFederatedError):
+    """The arrays of an update are not what the plan says."""
+
+
+class MessageError(DafneFederatedError):
+    """A message from the other side is not what the protocol says."""
+
+
+class SettingsError(DafneFederatedError):
+    """A setting is unknown, missing or out of range."""
+
+
+class RunError(DafneFederatedError):
+    """A federation could not start, go on or end."""

@@ -1,0 +1,1 @@
+"""Many sites on one machine: phantoms, splits, engines, baselines and the report."""

@@ -1,0 +1,1 @@
+"""How the server combines what sites send, and what it refuses."""
