@@ -1,0 +1,177 @@
+"""Adapters on a Keras network: attach a plan, read and write its state, run it.
+
+Each planned layer computes with its frozen weight plus the planned change. For a low-rank
+pair the forward pass uses one kernel, ``W + scale * a b``, exactly as the folded model will;
+the gradient of ``a`` and ``b`` comes from a small side path whose value is cancelled, so the
+gradient of the full kernel is never formed:
+
+    y = conv(x, stop(W + s a b)) + L(stop(x)) - stop(L(stop(x))),   L(x) = s conv(conv(x, a), b)
+
+The gradient towards ``x`` passes through the merged kernel, which is that of the sum.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+from keras import ops
+
+from dafne_federated.core.errors import AdapterError
+from dafne_federated.core.network_layers import (
+    Tensor,
+    convolve,
+    finish,
+    leaf_layers,
+    normalise,
+    roles,
+)
+from dafne_federated.core.plan import AdaptationPlan, Target
+from dafne_federated.core.state import State, check_state, state_rank
+
+# Probabilities below this are raised to it before the loss: the logarithm stays finite, and
+# softmax gradients stay right down to here.
+TINY = 1e-30
+
+
+class AdaptedNetwork:
+    """A base network with a plan attached; owns the network from then on.
+
+    Args:
+        network: The built base network with its base weights. It is frozen, and the planned
+            layers compute with their changes from now on.
+        plan: What is trained.
+        rank: Rank of the low-rank pairs; by default the plan's own.
+
+    Raises:
+        AdapterError: The plan names weights that the network does not have.
+    """
+
+    def __init__(self, network: keras.Model, plan: AdaptationPlan, rank: int | None = None) -> None:
+        self.plan = plan
+        self.rank = rank or plan.rank
+        self.network = network
+        network.trainable = False
+        self.trained = _Trained(network, plan.state_shapes(self.rank))
+        self._attach()
+        trained = {id(variable) for variable in self.trained.trainable_variables}
+        if trained != {id(variable) for variable in self.trained.changes.values()}:
+            msg = f"expected to train the planned arrays only, got {len(trained)} variables"
+            raise AdapterError(msg)
+
+    def write(self, state: State) -> None:
+        """Write a state of this plan and rank into the adapters, all or nothing.
+
+        Raises:
+            StateError: The state is not one of this plan.
+            AdapterError: Its rank differs from the one attached.
+        """
+        check_state(self.plan, state)
+        rank = state_rank(self.plan, state)
+        if rank != self.rank and any(target.kind != "delta" for target in self.plan.targets):
+            msg = f"this network was prepared for rank {self.rank}, got a state of rank {rank}"
+            raise AdapterError(msg)
+        for key, variable in self.trained.changes.items():
+            variable.assign(state[key])
+
+    def read(self) -> State:
+        """Return the current state, float32, by state key."""
+        return {k: np.array(v.numpy(), np.float32) for k, v in self.trained.changes.items()}
+
+    def predict(self, images: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+        """Return the network's output for (n, rows, columns, channels), float32."""
+        return np.asarray(self.trained.predict_on_batch(images.astype(np.float32)), np.float32)
+
+    def _attach(self) -> None:
+        keys = {id(v): f"{i:04d}" for i, v in enumerate(self.network.weights)}
+        targets = {target.key: target for target in self.plan.targets}
+        for layer in leaf_layers(self.network):
+            planned = {}
+            for role, variable in roles(layer).items():
+                target = targets.pop(keys[id(variable)], None)
+                if target is None:
+                    continue
+                if tuple(variable.shape) != target.shape:
+                    msg = (
+                        f"weight {target.key} ({layer.name}): the plan expects shape "
+                        f"{target.shape}, the network has {tuple(variable.shape)}"
+                    )
+                    raise AdapterError(msg)
+                planned[role] = target
+            if planned:
+                layer.call = self._changed_call(layer, planned)
+        if targets:
+            msg = f"the network has no trainable weights {sorted(targets)}"
+            raise AdapterError(msg)
+
+    def _changed_call(
+        self, layer: keras.layers.Layer, planned: dict[str, Target]
+    ) -> Callable[..., Tensor]:
+        changes, scale, frozen = self.trained.changes, self.plan.scale, roles(layer)
+
+        def weights() -> dict[str, Tensor]:
+            values = {role: ops.convert_to_tensor(v) for role, v in frozen.items()}
+            for role, target in planned.items():
+                if target.kind == "delta":
+                    values[role] = values[role] + changes[f"{target.key}/delta"]
+            return values
+
+        def call_norm(inputs: Tensor, **_options: Any) -> Tensor:
+            return normalise(layer, inputs, weights())
+
+        def call_whole(inputs: Tensor, **_options: Any) -> Tensor:
+            now = weights()
+            return finish(layer, convolve(layer, inputs, now["kernel"]), now)
+
+        def call_low_rank(inputs: Tensor, **_options: Any) -> Tensor:
+            now, target = weights(), planned["kernel"]
+            a = ops.convert_to_tensor(changes[f"{target.key}/a"])
+            b = ops.convert_to_tensor(changes[f"{target.key}/b"])
+            merged = now["kernel"] + scale * _kernel_update(target, a, b)
+            outputs = convolve(layer, inputs, ops.stop_gradient(merged))
+            side = scale * _side_path(layer, target, ops.stop_gradient(inputs), a, b)
+            return finish(layer, outputs + (side - ops.stop_gradient(side)), now)
+
+        if "gamma" in planned or "beta" in planned:
+            return call_norm
+        if "kernel" in planned and planned["kernel"].kind != "delta":
+            return call_low_rank
+        return call_whole
+
+
+class _Trained(keras.Model):  # type: ignore[misc]
+    """The network with the changes as its only trainable variables."""
+
+    def __init__(self, network: keras.Model, shapes: dict[str, tuple[int, ...]]) -> None:
+        super().__init__(name="adapted")
+        self.network = network
+        self.changes = {
+            key: self.add_weight(
+                shape=shape, initializer="zeros", dtype="float32", name=key.replace("/", ".")
+            )
+            for key, shape in shapes.items()
+        }
+        self.built = True
+
+    def call(self, inputs: Tensor, training: bool = False) -> Tensor:
+        outputs = self.network(inputs, training=False)
+        probabilities = ops.maximum(outputs[..., :-1], TINY)
+        return ops.concatenate([probabilities, outputs[..., -1:]], axis=-1)
+
+
+def _kernel_update(target: Target, a: Tensor, b: Tensor) -> Tensor:
+    rank = a.shape[-1]
+    product = ops.matmul(ops.reshape(a, (-1, rank)), ops.reshape(b, (rank, -1)))
+    if target.kind == "conv-transpose":
+        *window, cout, cin = target.shape
+        return ops.moveaxis(ops.reshape(product, (cin, *window, cout)), 0, -1)
+    return ops.reshape(product, target.shape)
+
+
+def _side_path(
+    layer: keras.layers.Layer, target: Target, inputs: Tensor, a: Tensor, b: Tensor
+) -> Tensor:
+    if target.kind == "conv-transpose":
+        return convolve(layer, ops.matmul(inputs, a), ops.moveaxis(b, 0, -1))
+    return ops.matmul(convolve(layer, inputs, a), b)

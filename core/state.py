@@ -1,0 +1,158 @@
+"""The state of an adaptation: its arrays, their checks, and folding them into base weights.
+
+Everything here is numpy: it needs neither TensorFlow nor the model's code.
+"""
+
+import io
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from dafne_federated.core.errors import StateError
+from dafne_federated.core.files import write_atomic
+from dafne_federated.core.low_rank import dense_product
+from dafne_federated.core.model_file import Weights
+from dafne_federated.core.plan import AdaptationPlan, Target
+
+State = dict[str, npt.NDArray[np.float32]]
+
+
+def initial_state(plan: AdaptationPlan, seed: int, rank: int | None = None) -> State:
+    """Return a state that changes nothing: ``a`` random, ``b`` and every delta zero.
+
+    Args:
+        plan: What is trained.
+        seed: Seed of the random factors; the same seed gives the same bits.
+        rank: Rank of the pairs, by default the plan's own.
+
+    Source:
+        Hu et al. 2021, https://arxiv.org/abs/2106.09685: one factor random (here He-uniform
+        over the inputs of the layer), the other zero.
+    """
+    generator = np.random.default_rng(seed)
+    state: State = {}
+    for key, shape in plan.state_shapes(rank).items():
+        state[key] = np.zeros(shape, np.float32)
+        if key.endswith("/a"):
+            bound = np.sqrt(6.0 / np.prod(shape[:-1]))
+            state[key] = generator.uniform(-bound, bound, shape).astype(np.float32)
+    return state
+
+
+def check_state(plan: AdaptationPlan, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
+    """Check that ``state`` is a complete, finite state of ``plan`` at one rank within bounds.
+
+    Raises:
+        StateError: A name is missing or unknown, or a shape, dtype or value is wrong.
+    """
+    rank = state_rank(plan, state)
+    if rank > plan.max_rank:
+        msg = f"rank: expected at most {plan.max_rank}, got {rank}"
+        raise StateError(msg)
+    shapes = plan.state_shapes(rank)
+    if shapes.keys() != state.keys():
+        missing, unknown = (
+            sorted(shapes.keys() - state.keys()),
+            sorted(state.keys() - shapes.keys()),
+        )
+        msg = f"arrays differ from the plan: missing {missing[:5]}, unknown {unknown[:5]}"
+        raise StateError(msg)
+    for key, shape in shapes.items():
+        array = state[key]
+        if array.shape != shape or array.dtype != np.float32:
+            got = f"{array.shape} {array.dtype}"
+            msg = f"array {key!r}: expected {shape} float32, got {got}"
+            raise StateError(msg)
+        if not np.isfinite(array).all():
+            bad = int((~np.isfinite(array)).sum())
+            msg = f"array {key!r}: expected finite values, got {bad} that are not"
+            raise StateError(msg)
+
+
+def state_rank(plan: AdaptationPlan, state: Mapping[str, npt.NDArray[np.generic]]) -> int:
+    """Return the rank of the pairs in ``state``; the plan's own where there are none."""
+    for target in plan.targets:
+        factor = state.get(f"{target.key}/a")
+        if target.kind != "delta" and factor is not None and factor.ndim > 0:
+            return max(int(factor.shape[-1]), 1)
+    return plan.rank
+
+
+def kernel_update(target: Target, a: npt.ArrayLike, b: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Return ``a @ b`` in the shape of the target's kernel, float64, without the scale."""
+    product = dense_product((np.asarray(a, np.float32), np.asarray(b, np.float32)))
+    if target.kind == "conv-transpose":
+        *window, cout, cin = target.shape
+        return np.moveaxis(product.reshape(cin, *window, cout), 0, -1)
+    return product.reshape(target.shape)
+
+
+def fold(weights: Weights, plan: AdaptationPlan, state: State) -> Weights:
+    """Return the weights of the plain model that computes what the adapted one does.
+
+    Args:
+        weights: Base weights by weight key; not changed.
+        plan: The plan that ``state`` belongs to.
+        state: A checked state.
+
+    Returns:
+        All weights by key, with the dtypes and shapes of the base.
+
+    Raises:
+        StateError: The state does not fit the plan, or the plan does not fit the weights.
+    """
+    check_state(plan, state)
+    folded = dict(weights)
+    for target in plan.targets:
+        base = weights.get(target.key)
+        if base is None or base.shape != target.shape:
+            got = "nothing" if base is None else str(base.shape)
+            msg = (
+                f"weight {target.key!r}: the plan expects shape {target.shape}, the base has {got}"
+            )
+            raise StateError(msg)
+        if target.kind == "delta":
+            change = state[f"{target.key}/delta"].astype(np.float64)
+        else:
+            pair = state[f"{target.key}/a"], state[f"{target.key}/b"]
+            change = plan.scale * kernel_update(target, *pair)
+        folded[target.key] = (base.astype(np.float64) + change).astype(base.dtype)
+    return folded
+
+
+def save_state(path: Path, plan: AdaptationPlan, state: State) -> None:
+    """Write ``state`` together with its plan to ``path`` (an ``.npz`` without pickle)."""
+    write_atomic(path, state_bytes(plan, state))
+
+
+def state_bytes(plan: AdaptationPlan, state: State) -> bytes:
+    """Return what ``save_state`` writes; equal states give equal bytes."""
+    check_state(plan, state)
+    buffer = io.BytesIO()
+    text = np.frombuffer(plan.to_json().encode(), np.uint8)
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in [("plan", text), *sorted(state.items())]:
+            member = io.BytesIO()
+            np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), member.getvalue())
+    return buffer.getvalue()
+
+
+def load_state(path: Path) -> tuple[AdaptationPlan, State]:
+    """Read a state and its plan.
+
+    Raises:
+        StateError: The file cannot be read or does not hold a state of its plan.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        plan = AdaptationPlan.from_json(arrays.pop("plan").tobytes().decode())
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+        msg = f"{path.name}: not a state file of an adaptation: {error}"
+        raise StateError(msg) from None
+    check_state(plan, arrays)
+    return plan, arrays
