@@ -1,0 +1,193 @@
+"""Messages between server and sites.
+
+A message has a typed half, defined here, and where needed an ``ArrayRecord``. Numbers travel
+in Flower's ``MetricRecord``, everything else in a ``ConfigRecord``. Arrays are taken out by
+the update gate, never by code that trusts them.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dafne_federated.core.errors import MessageError
+from dafne_federated.core.plan import Sha256
+
+PROTOCOL = 1
+QUERY_OFFER = "query.offer"
+TRAIN_BASE = "train.base"
+TRAIN_ROUND = "train.round"
+EVALUATE_STATE = "evaluate.state"
+
+Reason = Annotated[str, Field(max_length=500)]
+SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$")]
+
+
+class WireMessage(BaseModel):
+    """Base of all messages: immutable, no coercion, no unknown fields, no NaN."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        strict=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        alias_generator=lambda name: name.replace("_", "-"),
+        populate_by_name=True,
+    )
+    metrics: ClassVar[frozenset[str]] = frozenset()
+
+    def to_record(
+        self, arrays: Mapping[str, npt.NDArray[Any]] | ArrayRecord | None = None
+    ) -> RecordDict:
+        """Return the records that carry this message, with ``arrays`` beside it if given."""
+        fields = {k: v for k, v in self.model_dump(by_alias=True).items() if v is not None}
+        numbers = {key: fields.pop(key) for key in sorted(self.metrics & fields.keys())}
+        content = RecordDict({"message": ConfigRecord(fields)})
+        if self.metrics:
+            content["metrics"] = MetricRecord(numbers)
+        if isinstance(arrays, ArrayRecord):
+            content["arrays"] = arrays
+        elif arrays is not None:
+            content["arrays"] = array_record(arrays)
+        return content
+
+    @classmethod
+    def from_record(cls, content: RecordDict) -> Self:
+        """Read and check a message; its arrays are left alone.
+
+        Raises:
+            MessageError: A record or field is missing, unknown or out of range.
+        """
+        try:
+            fields = dict(content.config_records["message"])
+            numbers = dict(content.metric_records["metrics"]) if cls.metrics else {}
+        except KeyError as error:
+            msg = f"{cls.__name__}: no record {error}; got {sorted(content)}"
+            raise MessageError(msg) from None
+        if set(numbers) - cls.metrics or set(fields) & cls.metrics:
+            msg = f"{cls.__name__}: expected the numbers {sorted(cls.metrics)} among the metrics"
+            raise MessageError(msg)
+        try:
+            return cls.model_validate(fields | numbers)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            msg = f"{cls.__name__}: {field}: {first['msg']}, got {str(first['input'])[:80]!r}"
+            raise MessageError(msg) from None
+
+
+class Offer(WireMessage):
+    """What the server proposes to a site before anything else.
+
+    Attributes:
+        protocol: Version of these messages; both sides must agree.
+        software: Version of this package at the server.
+        run: Name of the run, 32 hexadecimal digits.
+        base_digest: SHA-256 of the base ``.model``.
+        base_bytes: Its size.
+        plan: The adaptation plan as JSON.
+    """
+
+    protocol: Literal[1] = 1
+    software: str = Field(max_length=40)
+    run: str = Field(pattern=r"^[0-9a-f]{32}$")
+    base_digest: Sha256
+    base_bytes: int = Field(ge=1)
+    plan: str = Field(max_length=4_000_000)
+
+
+class OfferReply(WireMessage):
+    """A site's answer: it has the base, needs it, or does not take part and says why."""
+
+    protocol: Literal[1] = 1
+    software: str = Field(max_length=40)
+    site: SiteName
+    status: Literal["have", "need", "refused", "failed"]
+    reason: Reason = ""
+    training_cases: int = Field(ge=0)
+    validation_cases: int = Field(ge=0)
+
+
+class BaseModelBytes(WireMessage):
+    """The base itself; the bytes travel as one uint8 array named ``base``."""
+
+    protocol: Literal[1] = 1
+    run: str = Field(pattern=r"^[0-9a-f]{32}$")
+    base_digest: Sha256
+
+
+class BaseReply(WireMessage):
+    """Whether the site stored the base."""
+
+    protocol: Literal[1] = 1
+    site: SiteName
+    status: Literal["stored", "refused", "failed"]
+    reason: Reason = ""
+
+
+class RoundRequest(WireMessage):
+    """Train from the state that comes along, and evaluate that state first.
+
+    With ``epochs`` 0 the state is only evaluated.
+    """
+
+    protocol: Literal[1] = 1
+    run: str = Field(pattern=r"^[0-9a-f]{32}$")
+    round: int = Field(ge=1)
+    base_digest: Sha256
+    plan_digest: Sha256
+    epochs: int = Field(ge=0)
+    batch_size: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    seed: int = Field(ge=0)
+
+
+class RoundReply(WireMessage):
+    """What a site reports of one round; its update travels as arrays.
+
+    Attributes:
+        status: ``ok``, ``refused`` (by the site's own rules) or ``failed``.
+        reason: In words, without paths or names of persons.
+        device: What it ran on.
+        training_cases: Cases trained on: the site's weight.
+        training_slices: Slices trained on.
+        loss: Mean loss of the last epoch, on the base's own scale.
+        seconds: Wall time of training.
+        evaluation_seconds: Wall time of evaluating the received state.
+        dice: Dice of the received state on the site's validation cases, per label of the plan.
+        dice_cases: In how many cases each label could be measured; 0 makes its Dice void.
+    """
+
+    metrics: ClassVar[frozenset[str]] = frozenset(
+        {"training-cases", "training-slices", "loss", "seconds", "evaluation-seconds", "dice"}
+    ) | {"dice-cases"}
+
+    protocol: Literal[1] = 1
+    run: str = Field(pattern=r"^[0-9a-f]{32}$")
+    round: int = Field(ge=1)
+    site: SiteName
+    base_digest: Sha256
+    plan_digest: Sha256
+    status: Literal["ok", "refused", "failed"]
+    reason: Reason = ""
+    device: str = Field(default="", max_length=100)
+    training_cases: int = Field(default=0, ge=0)
+    training_slices: int = Field(default=0, ge=0)
+    loss: float = 0.0
+    seconds: float = Field(default=0.0, ge=0)
+    evaluation_seconds: float = Field(default=0.0, ge=0)
+    dice: list[Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=list)
+    dice_cases: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+
+
+def array_record(arrays: Mapping[str, npt.NDArray[Any]]) -> ArrayRecord:
+    """Return arrays as a Flower record, in the order of their names."""
+    return ArrayRecord({k: Array(np.ascontiguousarray(arrays[k])) for k in sorted(arrays)})
+
+
+def record_bytes(content: RecordDict) -> int:
+    """Return the size of all records of a message in bytes, without Flower's own envelope."""
+    return sum(int(record.count_bytes()) for record in content.values())
