@@ -1,7 +1,12 @@
 """TensorFlow as every command and every site task needs it: quiet, seeded, same bits twice."""
 
+import contextlib
 import os
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+from dafne_federated.core.errors import SettingsError
 
 
 @dataclass(frozen=True)
@@ -32,14 +37,13 @@ def prepare_backend(threads: int = 0, device: str = "auto") -> Device:
     Raises:
         SettingsError: A GPU was asked for and there is none.
     """
-    from dafne_federated.core.errors import SettingsError
-
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-    import tensorflow as tf
+    with _silent_stderr():  # TensorFlow's library writes notes there that no setting stops
+        import tensorflow as tf
 
+        cards = tf.config.list_physical_devices("GPU")
     threads = threads or len(os.sched_getaffinity(0))
-    cards = tf.config.list_physical_devices("GPU")
     if device == "gpu" and not cards:
         msg = "device: expected a GPU, got none that TensorFlow can use; take --device cpu"
         raise SettingsError(msg)
@@ -62,10 +66,22 @@ def prepare_backend(threads: int = 0, device: str = "auto") -> Device:
 
 def set_seed(*parts: object) -> int:
     """Seed Python, numpy and Keras from ``parts`` (run, site, round, ...); return the seed."""
-    import zlib
-
     import keras
 
     seed = zlib.crc32("/".join(map(str, parts)).encode())
     keras.utils.set_random_seed(seed)
     return seed
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Send what the process writes to standard error, libraries included, nowhere."""
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

@@ -91,7 +91,7 @@ class RunningModel:
             {name: mask[..., i].astype(np.uint8) for name, mask in case.masks.items()}
             for i in usable
         ]
-        with self._in_place(recorder), fast_preprocessing(cache), _quiet():
+        with self._in_place(recorder), fast_preprocessing(cache):
             self._object.incremental_learn_function(self._object, data, outputs, 1, 1)
         if recorder.slices is None:
             return None
@@ -134,7 +134,7 @@ class RunningModel:
         """
         masks = {name: np.zeros(case.image.shape, np.bool_) for name in self.labels}
         stand_in = _Predictor(predict or self._predict)
-        with self._in_place(stand_in), fast_preprocessing(cache), _quiet():
+        with self._in_place(stand_in), fast_preprocessing(cache):
             for index in range(case.image.shape[-1]):
                 image = case.image[..., index]
                 if np.ptp(image) == 0:

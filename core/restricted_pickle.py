@@ -81,7 +81,7 @@ class _Dtype(_Frozen):
 
     def __init__(self, code: object, *_flags: object) -> None:
         value = np.dtype(str(code))
-        if value.hasobject or value.fields is not None or value.subdtype is not None:
+        if value.kind not in "biufcSU" or value.subdtype is not None:
             msg = f"an array has dtype {value}, expected numbers or text"
             raise ModelFileError(msg)
         object.__setattr__(self, "value", value)

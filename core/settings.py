@@ -30,7 +30,9 @@ class RunSettings(BaseModel):
         threads: CPU threads of one operation, 0 for all cores.
         device: ``auto``, ``cpu`` or ``gpu``.
         max_cases: A site that claims more training cases than this is refused.
-        margin: A release may lose at most this much Dice on any label of any site.
+        gate: ``validation`` releases only what the sites' validation persons show to be better
+            than the base; ``none`` releases the last round unseen, for sites without any.
+        margin: With the gate, the most Dice that any label of any site may lose.
     """
 
     model_config = ConfigDict(
@@ -57,6 +59,7 @@ class RunSettings(BaseModel):
     threads: int = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "gpu"] = "auto"
     max_cases: int = Field(default=100_000, ge=1)
+    gate: Literal["validation", "none"] = "validation"
     margin: float = Field(default=0.02, ge=0, le=1)
 
     @model_validator(mode="after")

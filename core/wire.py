@@ -190,4 +190,7 @@ def array_record(arrays: Mapping[str, npt.NDArray[Any]]) -> ArrayRecord:
 
 def record_bytes(content: RecordDict) -> int:
     """Return the size of all records of a message in bytes, without Flower's own envelope."""
-    return sum(int(record.count_bytes()) for record in content.values())
+    return sum(
+        int(record.count_bytes()) if isinstance(record, ArrayRecord) else len(record.deflate())
+        for record in content.values()
+    )

@@ -1,0 +1,218 @@
+"""One hospital: its data, its consent, its training and its evaluation.
+
+Everything that a message can ask of a site happens here; ``app.py`` only carries it.
+"""
+
+import logging
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dafne_federated.client.site_cache import SiteCache
+from dafne_federated.client.site_settings import SiteSettings
+from dafne_federated.core.adapters import AdaptedNetwork
+from dafne_federated.core.approvals import Approvals
+from dafne_federated.core.backend import Device, prepare_backend, set_seed
+from dafne_federated.core.dataset import CaseRef, load_case, open_folder
+from dafne_federated.core.errors import ApprovalError, DataError, MessageError
+from dafne_federated.core.evaluation import evaluate_case
+from dafne_federated.core.metrics import Agreement, mean
+from dafne_federated.core.model_runtime import RunningModel
+from dafne_federated.core.plan import AdaptationPlan
+from dafne_federated.core.preprocessing import BiasFieldCache
+from dafne_federated.core.slices import PreparedSlices, concatenate
+from dafne_federated.core.state import State, state_rank
+from dafne_federated.core.training import AdapterTraining, TrainingResult
+from dafne_federated.core.volumes import Case
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Engine:
+    """A base with a plan attached, ready to train; expensive to make, so kept."""
+
+    model: RunningModel
+    adapted: AdaptedNetwork
+    training: AdapterTraining | None = None
+
+
+@dataclass
+class _Kept:
+    """What this process keeps between messages: one engine, and slices by site."""
+
+    engine_key: tuple[str, str, int] | None = None
+    engine: Engine | None = None
+    slices: dict[tuple[str, str], PreparedSlices] = field(default_factory=dict)
+    bias_fields: dict[str, BiasFieldCache] = field(default_factory=dict)
+
+
+_KEPT = _Kept()
+
+
+class Site:
+    """What one site does.
+
+    Args:
+        settings: The site.
+    """
+
+    def __init__(self, settings: SiteSettings) -> None:
+        self.settings = settings
+        self.cache = SiteCache(settings.cache)
+        self.approvals = Approvals(settings.approvals)
+
+    def consider(self, plan: AdaptationPlan) -> None:
+        """Decide whether this site takes part, and remember the plan.
+
+        Raises:
+            ApprovalError: The base is not approved here, or there are too few cases.
+        """
+        if not self.approvals.allows(plan.base_digest):
+            msg = f"base model {plan.base_digest[:16]} is not approved at this site"
+            raise ApprovalError(msg)
+        if len(self.settings.training) < self.settings.min_cases:
+            msg = f"this site takes part with at least {self.settings.min_cases} training cases"
+            raise ApprovalError(msg)
+        self.cache.keep_plan(plan)
+
+    def known_plan(self, digest: str) -> AdaptationPlan:
+        """Return the plan that this site agreed to.
+
+        Raises:
+            MessageError: It never did.
+        """
+        plan = self.cache.plan(digest)
+        if plan is None:
+            msg = f"plan {digest[:16]} was never offered to this site"
+            raise MessageError(msg)
+        return plan
+
+    def evaluate(self, plan: AdaptationPlan, state: State) -> list[Agreement]:
+        """Return the Dice of ``state`` on the validation cases, in the images' own geometry."""
+        engine = self.engine(plan, state_rank(plan, state))
+        engine.adapted.write(state)
+        rows = []
+        for case in self._cases(self.settings.validation):
+            rows += evaluate_case(
+                engine.model,
+                case,
+                engine.adapted.predict,
+                self.settings.classification,
+                self.bias_fields(),
+                distances=False,
+            )
+        return rows
+
+    def train(
+        self,
+        plan: AdaptationPlan,
+        state: State,
+        epochs: int,
+        batch_size: int,
+        learning_rate: float,
+        seed: int,
+        number: int,
+    ) -> tuple[State, TrainingResult, int]:
+        """Train from ``state`` on the site's cases.
+
+        Args:
+            plan: The plan.
+            state: Where to start.
+            epochs: Passes over the slices.
+            batch_size: Slices in a step.
+            learning_rate: Of Adam.
+            seed: Seed of the run; the order of slices follows from it, site and round.
+            number: The round.
+
+        Returns:
+            The state afterwards, what training did, and the number of slices.
+
+        Raises:
+            ApprovalError: The site does not agree to so many epochs.
+        """
+        if epochs > self.settings.max_epochs:
+            msg = f"this site trains at most {self.settings.max_epochs} epochs a round"
+            raise ApprovalError(msg)
+        engine = self.engine(plan, state_rank(plan, state))
+        slices = self._slices(engine)
+        if engine.training is None:
+            if engine.model.loss is None:  # slices came from disk: capture the loss once
+                engine.model.prepare(next(self._cases(self.settings.training)))
+            if engine.model.loss is None:
+                msg = "no slice of the first training case can be trained on"
+                raise DataError(msg)
+            engine.training = AdapterTraining(engine.adapted, engine.model.loss)
+        engine.adapted.write(state)
+        order = zlib.crc32(f"{seed}/{self.settings.name}/{number}".encode())
+        set_seed(seed, self.settings.name, number)
+        result = engine.training.run(slices, epochs, batch_size, learning_rate, order)
+        log.info("round %d: %d slices, %.1f s", number, len(slices), result.seconds)
+        return engine.adapted.read(), result, len(slices)
+
+    def device(self) -> Device:
+        """Return the device that this site uses."""
+        return prepare_backend(self.settings.threads, self.settings.device)
+
+    def engine(self, plan: AdaptationPlan, rank: int) -> Engine:
+        """Return the base with the plan attached, made on first use and kept by the process.
+
+        Raises:
+            ApprovalError: The base is not approved at this site.
+        """
+        key = (plan.base_digest, plan.digest, rank)
+        if _KEPT.engine is None or _KEPT.engine_key != key:
+            self.device()
+            model = RunningModel(self.cache.base(plan.base_digest), self.approvals)
+            _KEPT.engine = Engine(model, AdaptedNetwork(model.network, plan, rank))
+            _KEPT.engine_key = key
+        # The engine may have been made for another site in this process: ask this one, too.
+        self.approvals.require(_KEPT.engine.model.file)
+        return _KEPT.engine
+
+    def bias_fields(self) -> BiasFieldCache:
+        """Return the site's kept bias fields."""
+        key = str(self.cache.bias_fields)
+        return _KEPT.bias_fields.setdefault(key, BiasFieldCache(self.cache.bias_fields))
+
+    def _slices(self, engine: Engine) -> PreparedSlices:
+        key = (str(self.settings.cache), engine.model.file.digest)
+        if key not in _KEPT.slices:
+            cases = self._cases(self.settings.training)
+            parts = [part for case in cases if (part := self._prepared(engine, case))]
+            if not parts:
+                msg = "no slice of the training cases can be trained on"
+                raise DataError(msg)
+            _KEPT.slices[key] = concatenate(parts)
+        return _KEPT.slices[key]
+
+    def _prepared(self, engine: Engine, case: Case) -> PreparedSlices | None:
+        classification = self.settings.classification
+        key = self.cache.slices_key(case, engine.model.file, classification)
+        slices = self.cache.slices(key)
+        if slices is None:
+            slices = engine.model.prepare(case, classification, self.bias_fields())
+            if slices is not None:
+                self.cache.keep_slices(key, slices)
+        return slices
+
+    def _cases(self, names: tuple[str, ...]) -> Iterator[Case]:
+        folder = open_folder(self.settings.data)
+        known: dict[str, CaseRef] = {ref.name: ref for ref in folder.cases}
+        for name in names:
+            if name not in known:
+                msg = f"case {name!r} is not in the site's folder"
+                raise DataError(msg)
+            yield load_case(known[name], folder.labels)
+
+
+def dice_by_label(plan: AdaptationPlan, rows: list[Agreement]) -> tuple[list[float], list[int]]:
+    """Return mean Dice and number of measured cases for each label of the plan."""
+    values, counts = [], []
+    for label in plan.labels:
+        known = [row.dice for row in rows if row.label == label and row.dice is not None]
+        values.append(float(np.clip(mean(known) or 0.0, 0.0, 1.0)))
+        counts.append(len(known))
+    return values, counts

@@ -1,0 +1,102 @@
+"""What a site keeps on disk between messages: bases, plans and prepared slices."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+
+from dafne_federated.core.errors import ModelFileError
+from dafne_federated.core.files import arrays_digest, sha256, write_atomic
+from dafne_federated.core.model_file import ModelFile, parse_model
+from dafne_federated.core.plan import AdaptationPlan
+from dafne_federated.core.slices import PreparedSlices
+from dafne_federated.core.volumes import Case
+
+# Raise when the way slices are prepared changes, so that old files are not used.
+_SLICES_VERSION = 1
+
+
+class SiteCache:
+    """Files by digest; anything missing or damaged is simply not there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def bias_fields(self) -> Path:
+        """Folder for bias fields."""
+        return self.folder / "bias-fields"
+
+    def has_base(self, digest: str) -> bool:
+        """Return whether the base with this digest is here, whole."""
+        path = self._base(digest)
+        return path.exists() and sha256(path.read_bytes()) == digest
+
+    def base(self, digest: str) -> ModelFile:
+        """Return a base; nothing of it is executed.
+
+        Raises:
+            ModelFileError: It is not here.
+        """
+        if not self.has_base(digest):
+            msg = f"base model {digest[:16]} is not in this site's cache"
+            raise ModelFileError(msg)
+        return parse_model(self._base(digest).read_bytes())
+
+    def keep_base(self, data: bytes) -> None:
+        """Keep the bytes of a base under their digest."""
+        write_atomic(self._base(sha256(data)), data)
+
+    def keep_plan(self, plan: AdaptationPlan) -> None:
+        """Keep a plan under its digest."""
+        write_atomic(self._plan(plan.digest), plan.to_json().encode())
+
+    def plan(self, digest: str) -> AdaptationPlan | None:
+        """Return the plan with this digest, or None."""
+        try:
+            plan = AdaptationPlan.from_json(self._plan(digest).read_text(encoding="utf-8"))
+        except OSError:
+            return None
+        return plan if plan.digest == digest else None
+
+    def slices_key(self, case: Case, model: ModelFile, classification: str) -> str:
+        """Return a digest of everything that the prepared slices of a case depend on."""
+        content = {"image": case.image, "spacing": np.array(case.spacing)}
+        content |= {f"mask {name}": mask for name, mask in case.masks.items()}
+        parts = [_SLICES_VERSION, arrays_digest(content), model.sources_digest, classification]
+        return sha256(json.dumps(parts).encode())
+
+    def slices(self, key: str) -> PreparedSlices | None:
+        """Return prepared slices, or None if they are not here or damaged."""
+        try:
+            with np.load(self._slices(key), allow_pickle=False) as archive:
+                return PreparedSlices(
+                    images=archive["images"],
+                    labels=archive["labels"],
+                    weights=archive["weights"],
+                    channels=int(archive["channels"]),
+                )
+        except (OSError, ValueError, KeyError, EOFError):
+            return None
+
+    def keep_slices(self, key: str, slices: PreparedSlices) -> None:
+        """Keep prepared slices under their key."""
+        buffer = io.BytesIO()
+        np.savez(
+            buffer,
+            images=slices.images,
+            labels=slices.labels,
+            weights=slices.weights,
+            channels=np.array(slices.channels),
+        )
+        write_atomic(self._slices(key), buffer.getvalue())
+
+    def _base(self, digest: str) -> Path:
+        return self.folder / "bases" / f"{digest}.model"
+
+    def _plan(self, digest: str) -> Path:
+        return self.folder / "plans" / f"{digest}.json"
+
+    def _slices(self, key: str) -> Path:
+        return self.folder / "slices" / f"{key}.npz"

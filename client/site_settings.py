@@ -1,0 +1,80 @@
+"""What a site says about itself and allows, in one JSON file."""
+
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dafne_federated.core.errors import SettingsError
+from dafne_federated.core.wire import SiteName
+
+
+class SiteSettings(BaseModel):
+    """One site.
+
+    Attributes:
+        name: Name of the site.
+        data: Folder with its images.
+        training: Names of the cases to train on.
+        validation: Names of the cases to evaluate on; persons that it does not train on.
+        cache: Folder for base models and prepared slices.
+        approvals: The list of models that may run here.
+        classification: Class as Dafne names it, e.g. ``Thigh, Left``; empty for most models.
+        min_cases: The site takes part only with at least so many training cases.
+        max_epochs: Longest training in a round that it agrees to.
+        threads: CPU threads, 0 for all cores.
+        device: ``auto``, ``cpu`` or ``gpu``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: SiteName
+    data: Path
+    training: tuple[str, ...]
+    validation: tuple[str, ...]
+    cache: Path
+    approvals: Path
+    classification: str = ""
+    min_cases: int = Field(default=1, ge=1)
+    max_epochs: int = Field(default=1000, ge=1)
+    threads: int = Field(default=0, ge=0)
+    device: str = "auto"
+
+
+def read_site(path: Path) -> SiteSettings:
+    """Read the settings of a site.
+
+    Raises:
+        SettingsError: The file is missing or a setting is wrong.
+    """
+    try:
+        return SiteSettings.model_validate_json(path.read_bytes())
+    except OSError as error:
+        msg = f"{path}: cannot read the settings of the site: {error.strerror}"
+        raise SettingsError(msg) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        msg = f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise SettingsError(msg) from None
+
+
+def site_of(context: Context) -> SiteSettings:
+    """Return the site that a Flower node is.
+
+    A node in a hospital is started with ``site``, the path of its file. In a simulation nodes
+    are numbered, and the n-th file in ``sites/`` of the run folder is the n-th node.
+
+    Raises:
+        SettingsError: Neither is there.
+    """
+    node: dict[str, Any] = dict(context.node_config)
+    if "site" in node:
+        return read_site(Path(str(node["site"])))
+    run = str(context.run_config.get("run", ""))
+    files = sorted(Path(run, "sites").glob("*.json"))
+    number = int(node.get("partition-id", -1))
+    if not run or not 0 <= number < len(files):
+        msg = f"this node has no site: expected node configuration 'site', got {sorted(node)}"
+        raise SettingsError(msg)
+    return read_site(files[number])

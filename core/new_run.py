@@ -1,0 +1,64 @@
+"""Start a run: from a base and settings to a run folder with its plan."""
+
+import time
+import uuid
+from pathlib import Path
+
+from dafne_federated.core.model_file import ModelFile
+from dafne_federated.core.model_runtime import RunningModel
+from dafne_federated.core.network_layers import describe_layers
+from dafne_federated.core.plan import AdaptationPlan, lora_targets
+from dafne_federated.core.run_folder import RunFolder, RunInfo
+from dafne_federated.core.settings import RunSettings
+from dafne_federated.core.versions import versions
+
+
+def make_plan(model: RunningModel, settings: RunSettings) -> AdaptationPlan:
+    """Return the plan that ``settings`` ask for on ``model``.
+
+    Raises:
+        AdapterError: The network has nothing that fits.
+    """
+    return AdaptationPlan(
+        base_digest=model.file.digest,
+        method="lora",
+        rank=settings.rank,
+        max_rank=settings.max_rank,
+        scale=settings.scale,
+        labels=model.labels,
+        targets=lora_targets(describe_layers(model.network), settings.layers),
+    )
+
+
+def start_run(
+    path: Path,
+    base: Path,
+    model: ModelFile,
+    plan: AdaptationPlan,
+    settings: RunSettings,
+    command: str,
+) -> RunFolder:
+    """Make the folder of a new run.
+
+    Args:
+        path: The folder.
+        base: File of the base; copied.
+        model: Its content.
+        plan: What is trained.
+        settings: How.
+        command: What a person typed.
+
+    Raises:
+        RunError: There is a run in ``path`` already.
+    """
+    info = RunInfo(
+        run=uuid.uuid4().hex,
+        created=int(time.time()),
+        base_digest=model.digest,
+        base_name=str(model.metadata.get("model_name") or base.stem),
+        plan_digest=plan.digest,
+        settings=settings,
+        versions=versions(),
+        command=command,
+    )
+    return RunFolder.create(path, info, plan, base.read_bytes())

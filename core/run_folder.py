@@ -1,0 +1,239 @@
+"""One run in one folder: settings, plan, a line a round, checkpoints, release, report.
+
+run.json            what was started: settings, digests, versions, command
+base.model          the base, as it was
+plan.json           the adaptation plan
+rounds.jsonl        one line a round, each whole or absent
+events.jsonl        what happened when, for progress bars and people
+checkpoints/        the state after each round, with its plan
+release/            the `.model` and its side-car, if one was released
+result.json         how the run ended
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dafne_federated.core.errors import RunError
+from dafne_federated.core.files import write_atomic
+from dafne_federated.core.plan import AdaptationPlan
+from dafne_federated.core.settings import RunSettings
+from dafne_federated.core.state import State, load_state, save_state
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class RunInfo(BaseModel):
+    """What a run was started with; nothing here changes afterwards.
+
+    Attributes:
+        run: Name of the run, 32 hexadecimal digits.
+        created: Seconds since 1970; also the ``timestamp_id`` of the release.
+        base_digest: SHA-256 of the base.
+        base_name: Name of the base for people.
+        plan_digest: SHA-256 of the plan.
+        settings: All settings.
+        versions: Version by package.
+        command: What a person typed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run: str = Field(pattern=r"^[0-9a-f]{32}$")
+    created: int
+    base_digest: str
+    base_name: str
+    plan_digest: str
+    settings: RunSettings
+    versions: dict[str, str]
+    command: str
+
+
+class SiteRound(BaseModel):
+    """What one site did in one round.
+
+    Attributes:
+        status: ``ok``, ``refused``, ``failed``, or ``silent`` until the deadline.
+        reason: In words, where it is not ok.
+        training_cases: Its weight.
+        training_slices: Slices trained on.
+        loss: Loss of the last epoch, on the base's own scale.
+        seconds: Wall time of training at the site.
+        evaluation_seconds: Wall time of evaluation at the site.
+        bytes_down: Bytes of records sent to the site.
+        bytes_up: Bytes of records it sent.
+        dice: Dice of the state that it received, per label; None where not measured.
+        dice_cases: Validation cases behind each Dice.
+        device: What it ran on.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    status: Literal["ok", "refused", "failed", "silent"]
+    reason: str = ""
+    training_cases: int = 0
+    training_slices: int = 0
+    loss: float = 0.0
+    seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    bytes_down: int = 0
+    bytes_up: int = 0
+    dice: dict[str, float | None] = Field(default_factory=dict)
+    dice_cases: dict[str, int] = Field(default_factory=dict)
+    device: str = ""
+
+
+class RoundLine(BaseModel):
+    """One line of ``rounds.jsonl``.
+
+    The Dice in line k belongs to the state that the sites received in round k, that is the
+    result of round k - 1; line 1 therefore holds the base. The last line has no training and
+    evaluates the final state.
+
+    Attributes:
+        round: 1 first.
+        trained: Whether sites trained in this round.
+        sites: By registered name.
+        aggregation_error: See ``strategies.aggregation.Aggregate``; None without training.
+        state_digest: SHA-256 of the state after the round.
+        seconds: Wall time of the round at the server.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    round: int
+    trained: bool
+    sites: dict[str, SiteRound]
+    aggregation_error: float | None
+    state_digest: str
+    seconds: float
+
+
+class RunResult(BaseModel):
+    """How a run ended.
+
+    Attributes:
+        released: Whether there is a release.
+        reason: Why, in words.
+        round: The round whose state was released, or None.
+        release: File name of the release within ``release/``, or empty.
+        release_digest: SHA-256 of its bytes, or empty.
+        content_digest: SHA-256 of its weights, identity and sources, or empty.
+        base_dice: Dice of the base, by site and label.
+        dice: Dice of the chosen state, by site and label.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    released: bool
+    reason: str
+    round: int | None
+    release: str = ""
+    release_digest: str = ""
+    content_digest: str = ""
+    base_dice: dict[str, dict[str, float | None]]
+    dice: dict[str, dict[str, float | None]]
+
+
+class RunFolder:
+    """Reads and writes the files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.base = path / "base.model"
+        self.report = path / "report.html"
+        self.release = path / "release"
+
+    @classmethod
+    def create(cls, path: Path, info: RunInfo, plan: AdaptationPlan, base: bytes) -> "RunFolder":
+        """Make a new run folder.
+
+        Raises:
+            RunError: There is a run in ``path`` already.
+        """
+        folder = cls(path)
+        if (path / "run.json").exists():
+            msg = f"there is a run in {str(path)!r} already; choose another folder or resume it"
+            raise RunError(msg)
+        write_atomic(folder.base, base)
+        write_atomic(path / "plan.json", plan.to_json().encode())
+        write_atomic(path / "run.json", info.model_dump_json(indent=2, by_alias=True).encode())
+        return folder
+
+    def info(self) -> RunInfo:
+        """Return what the run was started with.
+
+        Raises:
+            RunError: This is not a run folder, or its file is damaged.
+        """
+        return _read_json(self.path / "run.json", RunInfo)
+
+    def plan(self) -> AdaptationPlan:
+        """Return the plan; see ``info`` for errors."""
+        return _read_json(self.path / "plan.json", AdaptationPlan)
+
+    def rounds(self) -> list[RoundLine]:
+        """Return the lines of all rounds so far; a line cut short by a kill is left out."""
+        lines: dict[int, RoundLine] = {}
+        path = self.path / "rounds.jsonl"
+        for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            try:
+                line = RoundLine.model_validate_json(text)
+            except ValidationError:
+                continue
+            lines[line.round] = line
+        return [lines[number] for number in sorted(lines)]
+
+    def finish_round(self, line: RoundLine, state: State) -> None:
+        """Keep the result of a round: first the state, then the line that makes it count."""
+        save_state(self._checkpoint(line.round), self.plan(), state)
+        kept = [*(old for old in self.rounds() if old.round < line.round), line]
+        text = "".join(f"{entry.model_dump_json()}\n" for entry in kept)
+        write_atomic(self.path / "rounds.jsonl", text.encode())
+
+    def state_after(self, number: int) -> State:
+        """Return the state after round ``number``.
+
+        Raises:
+            StateError: The checkpoint is missing or damaged.
+        """
+        return load_state(self._checkpoint(number))[1]
+
+    def finish(self, result: RunResult) -> None:
+        """Record how the run ended."""
+        write_atomic(self.path / "result.json", result.model_dump_json(indent=2).encode())
+
+    def result(self) -> RunResult:
+        """Return how the run ended; see ``info`` for errors."""
+        return _read_json(self.path / "result.json", RunResult)
+
+    def event(self, kind: str, **details: Any) -> None:
+        """Append one event for whoever watches."""
+        line = json.dumps({"time": time.time(), "event": kind, **details})
+        with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Yield all events so far; a line that is being written is left for the next look."""
+        path = self.path / "events.jsonl"
+        for text in path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else ():
+            yield json.loads(text)
+
+    def _checkpoint(self, number: int) -> Path:
+        return self.path / "checkpoints" / f"round-{number:04d}.npz"
+
+
+def _read_json(path: Path, kind: type[Model]) -> Model:
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError:
+        msg = f"{path}: not found; is {str(path.parent)!r} the folder of a run?"
+        raise RunError(msg) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        msg = f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise RunError(msg) from None

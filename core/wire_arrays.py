@@ -1,0 +1,97 @@
+"""Take arrays out of a message without trusting them: size and shape first, then bytes."""
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import Array, ArrayRecord, RecordDict
+
+from dafne_federated.core.errors import MessageError, StateError
+from dafne_federated.core.plan import AdaptationPlan
+from dafne_federated.core.state import State, check_state
+
+# What numpy's file format adds to the values of one array at most, in bytes.
+_HEADER = 1024
+
+
+def take_state(content: RecordDict, plan: AdaptationPlan) -> State:
+    """Return the checked state that a message carries.
+
+    Names, shapes, dtypes and byte counts are compared with the plan before any byte is parsed;
+    no pickle is ever read.
+
+    Raises:
+        StateError: The arrays are not a state of ``plan``.
+    """
+    record = _record(content)
+    ranks = {
+        array.shape[-1]
+        for name, array in record.items()
+        if name.endswith("/a") and len(array.shape) > 0
+    }
+    if len(ranks) > 1:
+        msg = f"rank: expected one rank in all layers, got {sorted(ranks)}"
+        raise StateError(msg)
+    rank = min(ranks, default=plan.rank)
+    if not 1 <= rank <= plan.max_rank:
+        msg = f"rank: expected 1 to {plan.max_rank}, got {rank}"
+        raise StateError(msg)
+    shapes = plan.state_shapes(rank)
+    if shapes.keys() != set(record.keys()):
+        missing, unknown = (
+            sorted(shapes.keys() - record.keys()),
+            sorted(record.keys() - shapes.keys()),
+        )
+        msg = f"arrays differ from the plan: missing {missing[:5]}, unknown {unknown[:5]}"
+        raise StateError(msg)
+    state = {name: _parse(name, record[name], shapes[name]) for name in sorted(shapes)}
+    check_state(plan, state)
+    return state
+
+
+def take_bytes(content: RecordDict, name: str, limit: int) -> bytes:
+    """Return bytes that travelled as one uint8 array.
+
+    Raises:
+        MessageError: There is no such array, or it is larger than ``limit`` bytes.
+    """
+    try:
+        array = _record(content)[name]
+        size = int(np.prod(array.shape))
+        if array.dtype != "uint8" or len(array.shape) != 1 or size > limit:
+            msg = f"array {name!r}: expected at most {limit} bytes, got {array.shape} {array.dtype}"
+            raise MessageError(msg)
+        return _parse(name, array, (size,), "uint8").tobytes()
+    except (KeyError, StateError) as error:
+        msg = f"array {name!r} is missing or damaged: {error}"
+        raise MessageError(msg) from None
+
+
+def _record(content: RecordDict) -> ArrayRecord:
+    try:
+        return content.array_records["arrays"]
+    except KeyError:
+        msg = f"the message has no arrays; got {sorted(content)}"
+        raise StateError(msg) from None
+
+
+def _parse(
+    name: str, array: Array, shape: tuple[int, ...], dtype: str = "float32"
+) -> npt.NDArray[np.float32]:
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    claimed = (tuple(array.shape), array.dtype)
+    if (
+        claimed != (shape, dtype)
+        or array.stype != "numpy.ndarray"
+        or len(array.data) > size + _HEADER
+    ):
+        got = f"{claimed[0]} {claimed[1]} in {len(array.data)} bytes"
+        msg = f"array {name!r}: expected {shape} {dtype}, got {got}"
+        raise StateError(msg)
+    try:
+        values = array.numpy()
+    except (ValueError, EOFError, OSError) as error:
+        msg = f"array {name!r}: its bytes are damaged: {error}"
+        raise StateError(msg) from None
+    if values.shape != shape or values.dtype != np.dtype(dtype):
+        msg = f"array {name!r}: expected {shape} {dtype}, got {values.shape} {values.dtype}"
+        raise StateError(msg)
+    return values

@@ -1,0 +1,21 @@
+"""The Flower ServerApp: run the federation whose folder the run configuration names."""
+
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from dafne_federated.core.run_folder import RunFolder
+from dafne_federated.server.release import release
+from dafne_federated.server.rounds import run_rounds
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run all rounds that are left, then release what is better than the base."""
+    folder = RunFolder(Path(str(context.run_config["run"])))
+    run_rounds(grid, folder)
+    release(folder)
+    folder.event("finished")

@@ -1,0 +1,133 @@
+"""Who takes part in a run: offer the base, send it where it is missing, keep the answers."""
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.serverapp import Grid
+
+from dafne_federated.core.errors import DafneFederatedError, RunError
+from dafne_federated.core.plan import AdaptationPlan
+from dafne_federated.core.run_folder import RunFolder, RunInfo
+from dafne_federated.core.versions import software_version
+from dafne_federated.core.wire import (
+    QUERY_OFFER,
+    TRAIN_BASE,
+    BaseModelBytes,
+    BaseReply,
+    Offer,
+    OfferReply,
+    array_record,
+    record_bytes,
+)
+from dafne_federated.server.exchange import exchange, wait_for_nodes
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Members:
+    """The sites of a run.
+
+    Attributes:
+        nodes: Flower's node id by site name, for sites that take part.
+        declined: Reason in words by site name, for those that do not.
+        bytes_down: Bytes sent to each site so far: offer and, where it was missing, the base.
+        bytes_up: Bytes it sent so far.
+    """
+
+    nodes: dict[str, int]
+    declined: dict[str, str]
+    bytes_down: dict[str, int]
+    bytes_up: dict[str, int]
+
+
+def gather(grid: Grid, folder: RunFolder, info: RunInfo, plan: AdaptationPlan) -> Members:
+    """Offer the run to every site online and see to it that each has the base.
+
+    The base goes down once; a site that has it from an earlier run or round gets none.
+
+    Raises:
+        RunError: Fewer sites than ``min_sites`` are online or take part.
+    """
+    settings = info.settings
+    ids = wait_for_nodes(grid, settings.min_sites, settings.wait)
+    if len(ids) < settings.min_sites:
+        msg = f"expected at least {settings.min_sites} sites, got {len(ids)} in {settings.wait} s"
+        raise RunError(msg)
+    base = folder.base.read_bytes()
+    offer = Offer(
+        software=software_version(),
+        run=info.run,
+        base_digest=info.base_digest,
+        base_bytes=len(base),
+        plan=plan.to_json(),
+    ).to_record()
+    by_number = {f"node {node}": node for node in ids}
+    replies = exchange(
+        grid, dict.fromkeys(by_number, offer), by_number, QUERY_OFFER, "0", settings.deadline,
+        lambda _: None,
+    )  # fmt: skip
+    registered = {n.node_id: getattr(n, "name", "") for n in grid.get_nodes()}
+    members = Members({}, {}, {}, {})
+    needing = []
+    for number, content in sorted(replies.items()):
+        node = by_number[number]
+        if content is None:
+            members.declined[number] = "its program ended without an answer"
+            continue
+        try:
+            reply = OfferReply.from_record(content)
+        except DafneFederatedError as error:
+            members.declined[registered.get(node) or number] = str(error)
+            continue
+        name = registered.get(node) or reply.site
+        if name in members.nodes:
+            members.declined[number] = f"another site is called {name!r} already"
+        elif reply.status not in ("have", "need"):
+            members.declined[name] = reply.reason
+        else:
+            members.nodes[name] = node
+            members.bytes_down[name] = record_bytes(offer)
+            members.bytes_up[name] = record_bytes(content)
+            needing += [name] if reply.status == "need" else []
+    for number in sorted(by_number.keys() - replies.keys()):
+        members.declined[number] = f"no answer within {settings.deadline:g} s"
+    _send_base(grid, info, base, needing, members)
+    for name, reason in sorted(members.declined.items()):
+        log.warning("%s does not take part: %s", name, reason)
+    folder.event("members", sites=sorted(members.nodes), declined=members.declined)
+    if len(members.nodes) < settings.min_sites:
+        reasons = "; ".join(f"{name}: {why}" for name, why in sorted(members.declined.items()))
+        msg = f"expected at least {settings.min_sites} sites, got {len(members.nodes)}; {reasons}"
+        raise RunError(msg)
+    return members
+
+
+def _send_base(
+    grid: Grid, info: RunInfo, base: bytes, needing: list[str], members: Members
+) -> None:
+    if not needing:
+        return
+    arrays = array_record({"base": np.frombuffer(base, np.uint8)})
+    content = BaseModelBytes(run=info.run, base_digest=info.base_digest).to_record(arrays)
+    nodes = {name: members.nodes[name] for name in needing}
+    replies = exchange(
+        grid, dict.fromkeys(nodes, content), nodes, TRAIN_BASE, "0", info.settings.deadline,
+        lambda _: None,
+    )  # fmt: skip
+    for name in needing:
+        members.bytes_down[name] += record_bytes(content)
+        answer = replies.get(name)
+        reason = f"no answer within {info.settings.deadline:g} s"
+        if answer is not None:
+            members.bytes_up[name] += record_bytes(answer)
+            try:
+                reply = BaseReply.from_record(answer)
+            except DafneFederatedError as error:
+                reason = str(error)
+            else:
+                reason = "" if reply.status == "stored" else reply.reason or reply.status
+        if reason:
+            members.declined[name] = reason
+            del members.nodes[name]

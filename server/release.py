@@ -1,0 +1,167 @@
+"""From the rounds of a run to a released `.model`, or to the reason why there is none."""
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+from dafne_federated.core.files import write_atomic
+from dafne_federated.core.metrics import mean
+from dafne_federated.core.model_file import ModelFile, parse_model, write_model
+from dafne_federated.core.plan import AdaptationPlan
+from dafne_federated.core.run_folder import RoundLine, RunFolder, RunInfo, RunResult
+from dafne_federated.core.settings import RunSettings
+from dafne_federated.core.state import State, fold
+
+Scores = dict[str, dict[str, float | None]]
+
+
+def release(folder: RunFolder) -> RunResult:
+    """Choose the best state that loses nothing, fold it into the base, and write the release.
+
+    A state may be released if its mean Dice over sites and labels is above the base's, and no
+    label of any site falls by more than ``margin``; among those the one with the best mean is
+    taken. The Dice are those that the sites measured on their validation persons.
+    """
+    info, plan, rounds = folder.info(), folder.plan(), folder.rounds()
+    base_dice = scores(rounds[0])
+    number, reason = choose_round(rounds, info.settings)
+    if number is None:
+        result = RunResult(
+            released=False,
+            reason=reason,
+            round=None,
+            base_dice=base_dice,
+            dice=scores(rounds[-1]),
+        )
+        folder.finish(result)
+        return result
+    base = parse_model(folder.base.read_bytes())
+    model = adapted_model(base, plan, folder.state_after(number), info.created)
+    model = replace(
+        model, metadata={**model.metadata, "federated": provenance(info, plan, rounds, number)}
+    )
+    name = release_name(base, info.created)
+    written = write_model(model, folder.release / f"{name}.model")
+    sidecar = json.dumps(sidecar_metadata(written), indent=4)
+    write_atomic(folder.release / f"{name}.json", sidecar.encode())
+    result = RunResult(
+        released=True,
+        reason=reason,
+        round=number,
+        release=f"{name}.model",
+        release_digest=written.digest,
+        content_digest=written.content_digest,
+        base_dice=base_dice,
+        dice=scores(rounds[number]),
+    )
+    folder.finish(result)
+    return result
+
+
+def choose_round(rounds: list[RoundLine], settings: RunSettings) -> tuple[int | None, str]:
+    """Return the round to release, or None, and why in words.
+
+    Args:
+        rounds: All lines; the last one evaluates the final state.
+        settings: Those of the run.
+    """
+    if settings.gate == "none":
+        return rounds[-1].round - 1, "the last round, released without a gate as the settings say"
+    base, best, reasons = scores(rounds[0]), None, []
+    for line in rounds[1:]:
+        candidate, number = scores(line), line.round - 1
+        if reason := why_not(base, candidate, settings.margin):
+            reasons.append(f"round {number}: {reason}")
+            continue
+        average = mean_score(candidate) or 0.0
+        if best is None or average > best[0]:
+            best = (average, number)
+    if best is None:
+        return None, "no state is better than the base: " + "; ".join(reasons[-3:])
+    return best[
+        1
+    ], f"round {best[1]} has the best mean Dice, and no label lost more than the margin"
+
+
+def adapted_model(
+    base: ModelFile, plan: AdaptationPlan, state: State, timestamp_id: int
+) -> ModelFile:
+    """Return ``base`` with ``state`` folded in, as a newer version of the same family."""
+    return replace(
+        base,
+        digest="",
+        weights=fold(base.weights, plan, state),
+        timestamp_id=max(timestamp_id, base.timestamp_id + 1),
+    )
+
+
+def provenance(
+    info: RunInfo, plan: AdaptationPlan, rounds: list[RoundLine], number: int
+) -> dict[str, Any]:
+    """Return how a release came about, as JSON values for the model's metadata."""
+    used = [line for line in rounds if line.trained and line.round <= number]
+    sites = sorted({name for line in used for name, s in line.sites.items() if s.status == "ok"})
+    return {
+        "run": info.run,
+        "base_sha256": info.base_digest,
+        "base_name": info.base_name,
+        "plan_sha256": info.plan_digest,
+        "method": plan.method,
+        "rank": plan.rank,
+        "strategy": info.settings.strategy,
+        "rounds": number,
+        "epochs_per_round": info.settings.epochs,
+        "sites": len(sites),
+        "training_cases": sum(used[-1].sites[name].training_cases for name in sites) if used else 0,
+        "software": info.versions,
+        "date": datetime.fromtimestamp(info.created, UTC).date().isoformat(),
+    }
+
+
+def sidecar_metadata(model: ModelFile) -> dict[str, Any]:
+    """Return the metadata as Dafne writes it beside a model.
+
+    Source:
+        ``get_metadata`` in ``dafne_dl.interfaces``: three fields are added.
+    """
+    return {
+        **model.metadata,
+        "dimensionality": str(model.dimensionality),
+        "type": model.type,
+        "can_incremental_learn": bool(model.functions.get("incremental_learn_function")),
+    }
+
+
+def release_name(base: ModelFile, created: int) -> str:
+    """Return ``Name_timestamp``; Dafne takes what is before the first ``_`` as the name."""
+    name = str(base.metadata.get("model_name") or "Model").replace("_", "-")
+    safe = "".join(c for c in name if c.isalnum() or c in " -()").strip() or "Model"
+    return f"{safe}_{max(created, base.timestamp_id + 1)}"
+
+
+def scores(line: RoundLine) -> Scores:
+    """Return the Dice of the state that sites received in a round, by site and label."""
+    return {name: site.dice for name, site in sorted(line.sites.items()) if site.dice}
+
+
+def mean_score(dice: Scores) -> float | None:
+    """Return the mean over sites of each site's mean over labels."""
+    return mean([mean(list(labels.values())) for labels in dice.values()])
+
+
+def why_not(base: Scores, candidate: Scores, margin: float) -> str:
+    """Return why ``candidate`` must not be released, in words; empty if it may."""
+    for site, labels in sorted(base.items()):
+        for label, before in labels.items():
+            after = candidate.get(site, {}).get(label)
+            if before is not None and after is None:
+                return f"{label} of {site} was measured for the base but not for this state"
+            if before is not None and after is not None and after < before - margin:
+                return f"{label} of {site} falls from {before:.3f} to {after:.3f}"
+    before, after = mean_score(base), mean_score(candidate)
+    if before is None or after is None:
+        return "no site measured a Dice"
+    if after <= before:
+        return f"the mean Dice does not rise ({before:.3f} to {after:.3f})"
+    return ""

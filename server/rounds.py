@@ -1,0 +1,168 @@
+"""The rounds of a federation: send the state, judge the answers, combine, keep, go on.
+
+A finished round is on disk before the next begins; a run that is started again goes on after
+the last finished round and ends in the same bits, because everything random follows from the
+run's seed, the site's name and the round.
+"""
+
+import logging
+import time
+import zlib
+
+from flwr.serverapp import Grid
+
+from dafne_federated.core.errors import RunError
+from dafne_federated.core.files import arrays_digest
+from dafne_federated.core.plan import AdaptationPlan
+from dafne_federated.core.run_folder import RoundLine, RunFolder, RunInfo, SiteRound
+from dafne_federated.core.state import State, initial_state
+from dafne_federated.core.wire import (
+    EVALUATE_STATE,
+    TRAIN_ROUND,
+    RoundRequest,
+    array_record,
+    record_bytes,
+)
+from dafne_federated.server.exchange import Replies, exchange
+from dafne_federated.server.membership import Members, gather
+from dafne_federated.strategies import STRATEGIES
+from dafne_federated.strategies.aggregation import Update
+from dafne_federated.strategies.update_gate import Verdict, judge
+
+log = logging.getLogger(__name__)
+
+
+def run_rounds(grid: Grid, folder: RunFolder) -> None:
+    """Run, or go on with, the federation in ``folder`` up to and including its last evaluation.
+
+    Raises:
+        RunError: Too few sites take part, or too few updates of a round could be used.
+    """
+    info, plan = folder.info(), folder.plan()
+    done = folder.rounds()
+    last = done[-1].round if done else 0
+    state = folder.state_after(last) if done else first_state(info, plan)
+    if last > info.settings.rounds:
+        return
+    members = gather(grid, folder, info, plan)
+    for number in range(last + 1, info.settings.rounds + 2):
+        line, state = _round(grid, folder, info, plan, members, state, number)
+        folder.finish_round(line, state)
+        folder.event("round finished", round=number, trained=line.trained)
+        log.info("round %d finished in %.1f s", number, line.seconds)
+
+
+def first_state(info: RunInfo, plan: AdaptationPlan) -> State:
+    """Return the state that a run starts from; it changes nothing."""
+    return initial_state(plan, zlib.crc32(f"{info.settings.seed}/initial state".encode()))
+
+
+def _round(
+    grid: Grid,
+    folder: RunFolder,
+    info: RunInfo,
+    plan: AdaptationPlan,
+    members: Members,
+    state: State,
+    number: int,
+) -> tuple[RoundLine, State]:
+    settings, begun = info.settings, time.monotonic()
+    trained = number <= settings.rounds
+    request = RoundRequest(
+        run=info.run,
+        round=number,
+        base_digest=info.base_digest,
+        plan_digest=info.plan_digest,
+        epochs=settings.epochs if trained else 0,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        seed=settings.seed,
+    )
+    content = request.to_record(array_record(state))
+    folder.event("round started", round=number, sites=sorted(members.nodes), trained=trained)
+    replies = exchange(
+        grid,
+        dict.fromkeys(members.nodes, content),
+        members.nodes,
+        TRAIN_ROUND if trained else EVALUATE_STATE,
+        str(number),
+        settings.deadline,
+        lambda site: folder.event("site answered", round=number, site=site),
+    )
+    sites: dict[str, SiteRound] = {}
+    updates: list[Update] = []
+    for site in sorted(members.nodes):
+        verdict = _verdict(site, replies, request, plan, settings.max_cases, settings.deadline)
+        updates += [verdict.update] if verdict.update else []
+        sites[site] = _site_round(
+            plan,
+            verdict,
+            # What joining cost is counted with the first round after it.
+            record_bytes(content) + members.bytes_down.pop(site, 0),
+            members.bytes_up.pop(site, 0)
+            + (record_bytes(answer) if (answer := replies.get(site)) else 0),
+        )
+        if verdict.status != "ok":
+            log.warning("round %d: %s: %s: %s", number, site, verdict.status, verdict.reason)
+            folder.event("not used", round=number, site=site, reason=verdict.reason)
+    error = None
+    if trained:
+        if len(updates) < settings.min_sites:
+            reasons = "; ".join(f"{s}: {r.reason}" for s, r in sites.items() if r.reason)
+            got = f"{len(updates)}; {reasons}"
+            msg = f"round {number}: expected {settings.min_sites} updates, got {got}"
+            raise RunError(msg)
+        aggregate = STRATEGIES[settings.strategy](plan, updates)
+        state, error = aggregate.state, aggregate.error
+        log.info("round %d: aggregation error %.2g", number, error)
+    line = RoundLine(
+        round=number,
+        trained=trained,
+        sites=sites,
+        aggregation_error=error,
+        state_digest=arrays_digest(state),
+        seconds=time.monotonic() - begun,
+    )
+    return line, state
+
+
+def _verdict(
+    site: str,
+    replies: Replies,
+    request: RoundRequest,
+    plan: AdaptationPlan,
+    max_cases: int,
+    deadline: float,
+) -> Verdict:
+    if site not in replies:
+        return Verdict("silent", f"no answer within {deadline:g} s")
+    content = replies[site]
+    if content is None:
+        return Verdict("failed", "its program ended without an answer")
+    return judge(site, content, request, plan, max_cases)
+
+
+def _site_round(plan: AdaptationPlan, verdict: Verdict, down: int, up: int) -> SiteRound:
+    fields: dict[str, object] = {}
+    if (reply := verdict.reply) is not None and verdict.status == "ok":
+        measured = zip(plan.labels, reply.dice, reply.dice_cases, strict=False)
+        rows = [(label, value if count else None, count) for label, value, count in measured]
+        fields = {
+            "training_cases": reply.training_cases,
+            "training_slices": reply.training_slices,
+            "loss": reply.loss,
+            "seconds": reply.seconds,
+            "evaluation_seconds": reply.evaluation_seconds,
+            "device": reply.device,
+            "dice": {label: value for label, value, _ in rows},
+            "dice_cases": {label: count for label, _, count in rows},
+        }
+    return SiteRound.model_validate(
+        {
+            "status": verdict.status,
+            "reason": verdict.reason,
+            "bytes_down": down,
+            "bytes_up": up,
+            **fields,
+        }
+    )

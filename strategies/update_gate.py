@@ -1,0 +1,74 @@
+"""Turn a site's reply into an update, or into a reason why it is not one."""
+
+from dataclasses import dataclass
+
+from flwr.app import RecordDict
+
+from dafne_federated.core.errors import DafneFederatedError, StateError
+from dafne_federated.core.plan import AdaptationPlan
+from dafne_federated.core.wire import RoundReply, RoundRequest
+from dafne_federated.core.wire_arrays import take_state
+from dafne_federated.strategies.aggregation import Update
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one reply.
+
+    Attributes:
+        status: ``ok``, ``refused`` (here or by the site) or ``failed`` (at the site).
+        reason: In words; empty if ok.
+        reply: The typed half, if it could be read.
+        update: The update, if ok and the site trained.
+    """
+
+    status: str
+    reason: str = ""
+    reply: RoundReply | None = None
+    update: Update | None = None
+
+
+def judge(
+    site: str,
+    content: RecordDict,
+    request: RoundRequest,
+    plan: AdaptationPlan,
+    max_cases: int,
+) -> Verdict:
+    """Check one reply; nothing about it is trusted, and a bad one costs the round nothing.
+
+    Checked in this order: the message itself; that it answers this round of this run, base and
+    plan and comes from this site; that the number of cases is plausible; names, shapes, dtypes
+    and byte counts of the arrays before any of them is parsed; that all values are finite.
+
+    Args:
+        site: Registered name of the site that the transport says it comes from.
+        content: The reply.
+        request: What was asked.
+        plan: The plan of the run.
+        max_cases: Largest number of training cases that is believed.
+    """
+    try:
+        reply = RoundReply.from_record(content)
+        if reply.status != "ok":
+            return Verdict(reply.status, reply.reason, reply)
+        asked = (site, request.run, request.round, request.base_digest, request.plan_digest)
+        given = (reply.site, reply.run, reply.round, reply.base_digest, reply.plan_digest)
+        for name, wanted, got in zip(
+            ("site", "run", "round", "base digest", "plan digest"), asked, given, strict=True
+        ):
+            if wanted != got:
+                msg = f"{name}: expected {str(wanted)[:20]!r}, got {str(got)[:20]!r}"
+                raise StateError(msg)
+        if len(reply.dice) != len(reply.dice_cases) or len(reply.dice) not in (0, len(plan.labels)):
+            msg = f"dice: expected {len(plan.labels)} labels, got {len(reply.dice)}"
+            raise StateError(msg)
+        if request.epochs == 0:
+            return Verdict("ok", reply=reply)
+        if not 0 < reply.training_cases <= max_cases:
+            msg = f"training cases: expected 1 to {max_cases}, got {reply.training_cases}"
+            raise StateError(msg)
+        state = take_state(content, plan)
+    except DafneFederatedError as error:
+        return Verdict("refused", str(error))
+    return Verdict("ok", reply=reply, update=Update(site, state, reply.training_cases))
