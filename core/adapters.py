@@ -55,6 +55,7 @@ class AdaptedNetwork:
         network.trainable = False
         self.trained = _Trained(network, plan.state_shapes(self.rank))
         self._attach()
+        network.predict_function = None  # one traced before would go on without the changes
         trained = {id(variable) for variable in self.trained.trainable_variables}
         if trained != {id(variable) for variable in self.trained.changes.values()}:
             msg = f"expected to train the planned arrays only, got {len(trained)} variables"

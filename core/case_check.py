@@ -72,7 +72,8 @@ def check_case(
         expected: What the model needs, or None to look at the case alone.
     """
     yield from _check_grey_values(case)
-    yield from _check_labels(case, labels)
+    least = None if expected is None else expected.least_labels
+    yield from _check_labels(case, labels, least)
     if expected is not None:
         yield from _check_plane(case, expected)
         yield from _check_pixels(case, expected)
@@ -93,8 +94,13 @@ def labelled_slices(case: Case) -> NDArray[np.bool_]:
     return slices
 
 
-def usable_slices(case: Case, labels: Sequence[str]) -> NDArray[np.bool_]:
+def usable_slices(case: Case, labels: Sequence[str], least: int | None = None) -> NDArray[np.bool_]:
     """Say from which slices Dafne would learn, as (slices,) bool.
+
+    Args:
+        case: The case.
+        labels: Labels of the model.
+        least: Labels that a slice must have; None for the rule of Dafne's own models.
 
     Source: dafne_dl ``common_input_process_single`` counts labels with more than 5 pixels and
     skips a slice in which fewer than (K + 1) / 2 of the model's K labels count. Left and right
@@ -106,13 +112,13 @@ def usable_slices(case: Case, labels: Sequence[str]) -> NDArray[np.bool_]:
         if label is not None:
             pixels[list(labels).index(label)] += np.count_nonzero(mask, axis=(0, 1))
     counted = np.count_nonzero(pixels > _LEAST_PIXELS, axis=0)
-    return np.asarray(2 * counted >= len(labels) + 1)
+    return np.asarray(2 * counted >= len(labels) + 1 if least is None else counted >= least)
 
 
-def labels_needed(labels: Sequence[str]) -> str:
-    """Say in words what Dafne needs in a slice to learn from it."""
-    least = len(labels) // 2 + 1
-    if len(labels) == 1:
+def labels_needed(labels: Sequence[str], least: int | None = None) -> str:
+    """Say in words what Dafne needs in a slice to learn from it; see ``usable_slices``."""
+    least = len(labels) // 2 + 1 if least is None else least
+    if least == 1:
         return f"Dafne learns from slices with more than {_LEAST_PIXELS} labelled pixels."
     return (
         f"Dafne learns from slices in which at least {least} of the {len(labels)} labels have "
@@ -137,7 +143,7 @@ def _check_grey_values(case: Case) -> Iterator[Finding]:
         yield Finding("warning", case.name, what, "Erase the labels there, or export again.")
 
 
-def _check_labels(case: Case, labels: Sequence[str]) -> Iterator[Finding]:
+def _check_labels(case: Case, labels: Sequence[str], least: int | None) -> Iterator[Finding]:
     names = sorted(name for name, mask in case.masks.items() if mask.any())
     if not names:
         advice = "Draw the labels, or take the case out of the folder."
@@ -155,9 +161,9 @@ def _check_labels(case: Case, labels: Sequence[str]) -> Iterator[Finding]:
     if drawn and missing:
         advice = "Right if they lie outside the image; otherwise draw them."
         yield Finding("note", case.name, f"Not drawn here: {enumerated(missing)}.", advice)
-    if not usable_slices(case, labels).any():
+    if not usable_slices(case, labels, least).any():
         what = "No slice of it has enough labels for Dafne to learn from."
-        yield Finding("warning", case.name, what, labels_needed(labels))
+        yield Finding("warning", case.name, what, labels_needed(labels, least))
 
 
 def _check_plane(case: Case, expected: ModelExpectation) -> Iterator[Finding]:

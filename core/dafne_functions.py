@@ -106,6 +106,8 @@ def incremental_learn(modelObj, trainingData, trainingOutputs, bs=5, minTrainIma
     MODEL_SIZE = [64, 64]
     BIASCORRECTION_LEVELS = 4
     SIDES = False
+    LEAST_LABELS = 1  # labels that a slice must have to be trained on
+    LEAST_PIXELS = 5  # pixels that a label must have more of, as in Dafne's own functions
     EPOCHS = 5
     LEARNING_RATE = 0.0003
 
@@ -115,28 +117,42 @@ def incremental_learn(modelObj, trainingData, trainingOutputs, bs=5, minTrainIma
     from dafne_dl.common.DataGenerators import DataGeneratorMem
     from keras import ops
 
+    # Dafne's own preparation leaves out slices that lack half of the labels it is told of. So
+    # slices are prepared in groups that have the same labels, and it is told of these only.
     values = {name: value for value, name in LABELS_DICT.items()}
-    outputs = []
-    for masks in trainingOutputs:
+    groups = {}
+    for index, masks in enumerate(trainingOutputs):
         united = {}
         for name, mask in masks.items():
             value = values.get(name, values.get(name[:-2] if name[-2:] in ("_L", "_R") else name))
             if value is not None:
-                key = f"label {value}"
-                united[key] = np.logical_or(united.get(key, False), mask).astype(np.uint8)
-        outputs.append(united)
+                united[value] = np.logical_or(united.get(value, False), mask).astype(np.uint8)
+        drawn = tuple(sorted(value for value, mask in united.items() if mask.sum() > LEAST_PIXELS))
+        if len(drawn) >= LEAST_LABELS:
+            groups.setdefault(drawn, []).append((index, united))
     side = trainingData.get("classification", "").strip().lower()
-    images, masks = preprocess_train.common_input_process_single(
-        {f"label {value}": value for value in LABELS_DICT},
-        MODEL_RESOLUTION,
-        MODEL_SIZE,
-        MODEL_SIZE,
-        trainingData,
-        outputs,
-        SIDES and side.endswith("left"),
-        BIASCORRECTION_LEVELS,
-        -1,
-    )
+    prepared = {}
+    for drawn, members in groups.items():
+        images, masks = preprocess_train.common_input_process_single(
+            {f"label {value}": channel for channel, value in enumerate(drawn, start=1)},
+            MODEL_RESOLUTION,
+            MODEL_SIZE,
+            MODEL_SIZE,
+            {
+                "image_list": [trainingData["image_list"][index] for index, _ in members],
+                "resolution": np.asarray(trainingData["resolution"])[:2],
+            },
+            [{f"label {value}": united[value] for value in drawn} for _, united in members],
+            SIDES and side.endswith("left"),
+            BIASCORRECTION_LEVELS,
+            -1,
+        )
+        for (index, _), image, few in zip(members, images, masks, strict=True):
+            full = np.zeros((*MODEL_SIZE, max(LABELS_DICT) + 1))
+            full[..., list(drawn)] = few[..., 1:]
+            prepared[index] = image, full
+    images = [image for _, (image, _) in sorted(prepared.items())]
+    masks = [mask for _, (_, mask) in sorted(prepared.items())]
     if len(images) < minTrainImages:
         print("Not enough images for training:", len(images))
         return

@@ -42,6 +42,7 @@ def check_folder(
     labels = tuple(dict.fromkeys(folder.labels.values()))
     if expected is not None and expected.labels:
         labels = expected.labels
+    least = None if expected is None else expected.least_labels
     by_case: list[Finding] = []
     seen: list[_Seen] = []
     for done, ref in enumerate(folder.cases, start=1):
@@ -49,7 +50,7 @@ def check_folder(
         by_case += found
         if case is not None:
             by_case += check_case(case, labels, expected)
-            seen.append(_remember(case, labels))
+            seen.append(_remember(case, labels, least))
         if progress is not None:
             progress(done, len(folder.cases))
     together = [
@@ -78,7 +79,7 @@ class _Seen:
     usable: int
 
 
-def _remember(case: Case, labels: Sequence[str]) -> _Seen:
+def _remember(case: Case, labels: Sequence[str], least: int | None) -> _Seen:
     return _Seen(
         name=case.name,
         person=case.person,
@@ -86,7 +87,7 @@ def _remember(case: Case, labels: Sequence[str]) -> _Seen:
         direction="" if case.affine is None else orientation(case.affine),
         drawn=drawn_labels(case, labels),
         labelled=int(np.count_nonzero(labelled_slices(case))),
-        usable=int(np.count_nonzero(usable_slices(case, labels))),
+        usable=int(np.count_nonzero(usable_slices(case, labels, least))),
     )
 
 
@@ -136,15 +137,16 @@ def _check_slices(
     seen: Sequence[_Seen], labels: Sequence[str], expected: ModelExpectation | None
 ) -> Iterator[Finding]:
     least = LEAST_SLICES if expected is None else expected.least_slices
+    advice = labels_needed(labels, None if expected is None else expected.least_labels)
     usable, labelled = (
         sum(getattr(case, what) for case in seen) for what in ("usable", "labelled")
     )
     if usable < least:
         what = f"Dafne can learn from {usable} slices of this folder and needs at least {least}."
-        yield Finding("error", "", what, labels_needed(labels))
+        yield Finding("error", "", what, advice)
     elif usable < labelled:
         what = f"Dafne will skip {labelled - usable} of the {labelled} slices with labels."
-        yield Finding("note", "", what, labels_needed(labels))
+        yield Finding("note", "", what, advice)
 
 
 def _check_labels(seen: Sequence[_Seen], labels: Sequence[str]) -> Iterator[Finding]:

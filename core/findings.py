@@ -41,6 +41,8 @@ class ModelExpectation:
         spacing: Pixel size of its input along rows and columns, in mm; None when unknown.
         size: Rows and columns of its input, in pixels; None when unknown.
         least_slices: Fewest slices from which Dafne learns.
+        least_labels: Labels that a slice must have for the model to learn from it; None for
+            more than half of them, the rule of Dafne's own models.
     """
 
     labels: tuple[str, ...]
@@ -48,6 +50,7 @@ class ModelExpectation:
     spacing: tuple[float, float] | None
     size: tuple[int, int] | None
     least_slices: int = LEAST_SLICES
+    least_labels: int | None = None
 
 
 def expectation_of(model: ModelFile) -> ModelExpectation:
@@ -64,6 +67,7 @@ def expectation_of(model: ModelFile) -> ModelExpectation:
         plane=planes.get(first, ""),
         spacing=_pair(constants.get("MODEL_RESOLUTION")),
         size=None if size is None else (int(size[0]), int(size[1])),
+        least_labels=constants.get("LEAST_LABELS"),
     )
 
 

@@ -1,0 +1,181 @@
+"""Our models run in the real Dafne, and nothing runs that nobody approved."""
+
+import io
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("backend")]
+
+from dafne_federated.core.approvals import Approvals  # noqa: E402
+from dafne_federated.core.errors import ApprovalError, ModelFileError  # noqa: E402
+from dafne_federated.core.evaluation import evaluate_case  # noqa: E402
+from dafne_federated.core.metrics import mean_dice  # noqa: E402
+from dafne_federated.core.model_file import ModelFile, read_model, write_model  # noqa: E402
+from dafne_federated.core.model_runtime import RunningModel  # noqa: E402
+
+
+@pytest.fixture
+def file(trained: Any) -> ModelFile:
+    return read_model(trained.path)
+
+
+def upstream(trained: Any) -> Any:
+    """The model as Dafne itself opens it."""
+    from dafne_dl.model_loaders import generic_load_model
+
+    with trained.path.open("rb") as handle:
+        return generic_load_model(handle, install_deps=False)
+
+
+def test_training_reached_its_task(trained: Any) -> None:
+    assert trained.dice > 0.9
+
+
+def test_dafne_applies_it(trained: Any, make_case: Any) -> None:
+    case = make_case("new", 77)
+    model = upstream(trained)
+    for options in ({}, {"classification": "Squares", "split_laterality": True}):
+        for index in range(case.image.shape[-1]):
+            found = model.apply(
+                {"image": case.image[..., index], "resolution": np.array([1.0, 1.0]), **options}
+            )
+            assert set(found) == {"bright", "dark"}
+            for name, mask in found.items():
+                assert mask.shape == case.image.shape[:2]
+                truth = case.masks[name][..., index]
+                overlap = 2 * (truth & (mask > 0)).sum() / (truth.sum() + (mask > 0).sum())
+                assert overlap > 0.8
+
+
+def test_dafne_retrains_it_and_what_it_dumps_is_ours_to_read(trained: Any, make_case: Any) -> None:
+    case = make_case("new", 78, slices=6)
+    model = upstream(trained)
+    before = [array.copy() for array in model.get_weights()]
+    masks = [
+        {f"{name}_L": mask[..., i].astype(np.uint8) for name, mask in case.masks.items()}
+        for i in range(6)
+    ]
+    data = {"image_list": [case.image[..., i] for i in range(6)], "resolution": np.ones(2)}
+    model.incremental_learn(data, masks, 3, 5)
+    after = model.get_weights()
+    changed = [not np.array_equal(a, b) for a, b in zip(before, after, strict=True)]
+    assert 0 < sum(changed) < len(changed)  # batch statistics stay, kernels move
+    assert all(np.isfinite(array).all() for array in after)
+    buffer = io.BytesIO()
+    model.dump(buffer)
+    from dafne_federated.core.model_file import parse_model
+
+    dumped = parse_model(buffer.getvalue())
+    assert dumped.model_id == read_model(trained.path).model_id
+    assert len([name for name, source in dumped.functions.items() if source]) == 9
+
+
+def test_ours_and_dafnes_way_of_applying_agree(
+    trained: Any, file: ModelFile, make_case: Any
+) -> None:
+    case = make_case("new", 79)
+    running = RunningModel(file, trained.approvals)
+    ours = running.apply(case)
+    model = upstream(trained)
+    import SimpleITK
+
+    SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    for index in range(case.image.shape[-1]):
+        theirs = model.apply({"image": case.image[..., index], "resolution": np.array([1.0, 1.0])})
+        for name, mask in theirs.items():
+            np.testing.assert_array_equal(ours[name][..., index], mask > 0)
+    rows = evaluate_case(running, case)
+    assert (mean_dice(rows) or 0) > 0.85
+
+
+def test_slices_are_those_that_dafnes_generator_holds(
+    trained: Any, file: ModelFile, make_case: Any
+) -> None:
+    case = make_case("new", 80)
+    slices = RunningModel(file, trained.approvals).prepare(case)
+    assert slices is not None
+    assert slices.images.shape == (4, 40, 40)
+    assert slices.channels == 3
+    assert slices.images.max() == pytest.approx(600)  # Dafne's grey scale
+    assert slices.weights.min() > 0
+    for value, name in enumerate(("bright", "dark"), start=1):
+        np.testing.assert_array_equal(slices.labels == value, np.moveaxis(case.masks[name], -1, 0))
+
+
+def test_a_slice_with_one_of_two_labels_is_trained_on(
+    trained: Any, file: ModelFile, make_case: Any
+) -> None:
+    case = make_case("new", 81)
+    case.masks["dark"][..., :2] = False
+    slices = RunningModel(file, trained.approvals).prepare(case)
+    assert slices is not None
+    assert len(slices) == 4
+    assert set(np.unique(slices.labels[0])) == {0, 1}
+    empty = replace(case, masks={"dark": np.zeros_like(case.masks["dark"])})
+    assert RunningModel(file, trained.approvals).prepare(empty) is None
+
+
+def test_sides_are_united_and_constant_slices_left_out(
+    trained: Any, file: ModelFile, make_case: Any
+) -> None:
+    case = make_case("new", 82)
+    left = case.masks.pop("bright")
+    right = left.copy()
+    left[:, :10], right[:, 10:] = False, False
+    case.masks.update({"bright_L": left, "bright_R": right})
+    image = case.image.copy()
+    image[..., 0] = 7.0
+    running = RunningModel(file, trained.approvals)
+    slices = running.prepare(replace(case, image=image))
+    assert slices is not None
+    assert len(slices) == 3
+    np.testing.assert_array_equal(slices.labels[0] == 1, (left | right)[..., 1])
+    assert not running.apply(replace(case, image=image))["bright"][..., 0].any()
+
+
+def test_nothing_runs_without_approval(trained: Any) -> None:
+    file = read_model(trained.path)
+    nobody = Approvals(trained.path.parent / "nobody.json")
+    with pytest.raises(ApprovalError, match="nobody here has approved it"):
+        RunningModel(file, nobody)
+
+
+def test_a_changed_byte_needs_a_new_approval(trained: Any, file: ModelFile) -> None:
+    evil = "def init_model():\n    raise SystemExit('it ran')\n"
+    changed = replace(file, functions={**file.functions, "init_model_function": evil})
+    written = write_model(changed, trained.path.parent / "evil.model")
+    with pytest.raises(ApprovalError):
+        RunningModel(written, trained.approvals)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("def learn(m, d, o, bs, n):\n    m.model.train_on_batch(1, 2)\n", "uses 'train_on_batch'"),
+        (
+            "def learn(m, d, o, bs, n):\n    m.model.compile(loss=None)\n    m.model.fit([1])\n",
+            "does not compile a loss and fit on a list of prepared slices",
+        ),
+    ],
+)
+def test_another_way_of_training_is_refused_with_the_reason(
+    trained: Any, file: ModelFile, source: str, words: str, make_case: Any
+) -> None:
+    changed = replace(file, functions={**file.functions, "incremental_learn_function": source})
+    written = write_model(changed, trained.path.parent / "other.model")
+    trained.approvals.add(written, "test")
+    running = RunningModel(written, trained.approvals)
+    with pytest.raises(ModelFileError, match=words):
+        running.prepare(make_case("new", 83))
+
+
+def test_a_model_that_dafne_cannot_build_gets_one_error(trained: Any, file: ModelFile) -> None:
+    broken = "def init_model():\n    raise ValueError('no such layer')\n"
+    changed = replace(file, functions={**file.functions, "init_model_function": broken})
+    written = write_model(changed, trained.path.parent / "broken.model")
+    trained.approvals.add(written, "test")
+    with pytest.raises(ModelFileError, match="cannot build this model: ValueError: no such layer"):
+        RunningModel(written, trained.approvals)

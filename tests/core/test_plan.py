@@ -1,0 +1,94 @@
+"""A plan travels as text unchanged, names its targets, and refuses what it cannot do."""
+
+import pytest
+
+from dafne_federated.core.errors import AdapterError, MessageError
+from dafne_federated.core.plan import AdaptationPlan, Layer, Target, lora_targets
+
+
+def layer(name: str, index: int, kind: str = "conv", **more: object) -> Layer:
+    shape = (3, 3, 4, 8) if kind != "dense" else (4, 8)
+    weights = {"kernel": (f"{index:04d}", shape), "bias": (f"{index + 1:04d}", (8,))}
+    return Layer.model_validate(
+        {"name": name, "kind": kind, "weights": weights, "depth": index, "decoder": False} | more
+    )
+
+
+LAYERS = [
+    layer("down", 0),
+    layer("grouped", 2, refused="grouped convolutions have no useful low rank per group"),
+    layer("up", 4, "conv-transpose", decoder=True),
+    layer("head", 6, decoder=True),
+]
+
+
+@pytest.fixture
+def plan() -> AdaptationPlan:
+    return AdaptationPlan(
+        base_digest="0" * 64,
+        method="lora",
+        rank=2,
+        max_rank=4,
+        scale=1.0,
+        labels=("a", "b"),
+        targets=lora_targets(LAYERS),
+    )
+
+
+def test_text_round_trip(plan: AdaptationPlan) -> None:
+    back = AdaptationPlan.from_json(plan.to_json())
+    assert back == plan
+    assert back.digest == plan.digest
+
+
+def test_every_change_changes_the_digest(plan: AdaptationPlan) -> None:
+    for change in ({"scale": 2.0}, {"rank": 3}, {"labels": ("b", "a")}):
+        assert plan.model_copy(update=change).digest != plan.digest
+
+
+@pytest.mark.parametrize(
+    ("where", "kernels"), [("all", ["0000", "0004"]), ("decoder", ["0004"]), ("encoder", ["0000"])]
+)
+def test_targets_are_the_chosen_kernels_and_the_whole_head(where: str, kernels: list[str]) -> None:
+    targets = lora_targets(LAYERS, where)
+    assert [t.key for t in targets if t.kind != "delta"] == kernels
+    assert [(t.key, t.kind) for t in targets if t.layer == "head"] == [
+        ("0006", "delta"),
+        ("0007", "delta"),
+    ]
+
+
+def test_nothing_to_adapt_is_said_with_the_reason() -> None:
+    with pytest.raises(AdapterError, match=r"no layer among 'all'.*grouped convolutions"):
+        lora_targets([LAYERS[1], LAYERS[3]])
+    with pytest.raises(AdapterError, match="expected one of all, decoder, encoder, got 'top'"):
+        lora_targets(LAYERS, "top")
+
+
+def test_shapes_at_a_rank(plan: AdaptationPlan) -> None:
+    shapes = plan.state_shapes(3)
+    assert shapes["0000/a"] == (3, 3, 4, 3)
+    assert shapes["0000/b"] == (3, 8)
+    # A transposed kernel is (window, out, in): 1 x 1 from 8 inputs, then the window to 4.
+    assert shapes["0004/a"] == (8, 3)
+    assert shapes["0004/b"] == (3, 3, 3, 4)
+    assert shapes["0006/delta"] == (3, 3, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('"rank":2', '"rank":0', "rank"),
+        ('"scale":1.0', '"scale":NaN', "scale"),
+        ('"method"', '"colour":1,"method"', "colour"),
+        ('"0000"', '"zero"', "targets.0.key"),
+    ],
+)
+def test_bad_text_is_named(plan: AdaptationPlan, old: str, new: str, words: str) -> None:
+    with pytest.raises(MessageError, match=words):
+        AdaptationPlan.from_json(plan.to_json().replace(old, new, 1))
+
+
+def test_target_kinds_are_closed() -> None:
+    with pytest.raises(ValueError, match="kind"):
+        Target.model_validate({"key": "0000", "layer": "x", "kind": "exec", "shape": (1,)})
