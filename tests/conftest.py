@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from dafne_federated.core.approvals import Approvals
+from dafne_federated.core.plan import AdaptationPlan, Target
+from dafne_federated.core.state import State
 from dafne_federated.core.volumes import Case
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -97,3 +99,36 @@ def trained(tmp_path_factory: pytest.TempPathFactory, backend: None) -> Trained:
     approvals = Approvals(folder / "approved.json")
     approvals.add(write_model(file, folder / "base.model"), "made by a test")
     return Trained(folder / "base.model", approvals, fit.best_dice)
+
+
+@pytest.fixture(scope="session")
+def small_plan() -> AdaptationPlan:
+    """A plan with every kind of target, for tests that need no network."""
+    return AdaptationPlan(
+        base_digest="b" * 64,
+        method="lora",
+        rank=2,
+        max_rank=6,
+        scale=0.5,
+        labels=("bright", "dark"),
+        targets=(
+            Target(key="0000", layer="c", kind="conv", shape=(3, 3, 4, 8)),
+            Target(key="0002", layer="t", kind="conv-transpose", shape=(2, 2, 5, 8)),
+            Target(key="0004", layer="d", kind="dense", shape=(6, 7)),
+            Target(key="0006", layer="h", kind="delta", shape=(1, 1, 4, 3)),
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def make_state(small_plan: AdaptationPlan) -> Callable[..., State]:
+    """A function that draws a state of ``small_plan`` from a seed, at a rank."""
+
+    def make(seed: int, rank: int | None = None) -> State:
+        generator = np.random.default_rng(seed)
+        return {
+            key: generator.normal(size=shape).astype("float32")
+            for key, shape in small_plan.state_shapes(rank).items()
+        }
+
+    return make

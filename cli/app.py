@@ -1,0 +1,45 @@
+"""The command `dafne-federated`: its sub-commands, and errors in one line."""
+
+import logging
+import os
+import sys
+
+import typer
+
+from dafne_federated.cli.approve import approve
+from dafne_federated.cli.check_data import check_data
+from dafne_federated.cli.evaluate import evaluate
+from dafne_federated.cli.inspect import inspect
+from dafne_federated.cli.merge import merge
+from dafne_federated.cli.report import report
+from dafne_federated.cli.simulate import simulate
+from dafne_federated.cli.train import train
+from dafne_federated.core.errors import DafneFederatedError
+
+app = typer.Typer(
+    name="dafne-federated",
+    help="Federated adaptation of Dafne segmentation models. "
+    "Research software, not a medical device.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("simulate")(simulate)
+app.command("inspect")(inspect)
+app.command("approve")(approve)
+app.command("check-data")(check_data)
+app.command("train")(train)
+app.command("evaluate")(evaluate)
+app.command("merge")(merge)
+app.command("report")(report)
+
+
+def main() -> None:
+    """Run the command line; an error of ours is one line and exit status 1."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        app()
+    except DafneFederatedError as error:
+        print(f"dafne-federated: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,84 @@
+"""`dafne-federated train`: a new Dafne model from scratch."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dafne_federated.core.approvals import Approvals
+from dafne_federated.core.backend import prepare_backend
+from dafne_federated.core.errors import SettingsError
+
+
+def train(
+    data: Annotated[Path, typer.Argument(help="Folder of NIfTI pairs or Dafne bundles.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The new .model file.")],
+    name: Annotated[str, typer.Option(help="Name of the model in Dafne.")] = "",
+    site: Annotated[str | None, typer.Option(help="Only the cases of this site.")] = None,
+    preset: Annotated[
+        str, typer.Option(help="'thigh' for the geometry of Dafne's thigh network, or 'small'.")
+    ] = "small",
+    size: Annotated[int | None, typer.Option(help="Rows and columns of the input.")] = None,
+    resolution: Annotated[float | None, typer.Option(help="Pixel size in mm.")] = None,
+    sides: Annotated[
+        bool, typer.Option(help="Trained on right sides; left ones are mirrored in Dafne.")
+    ] = False,
+    epochs: Annotated[int, typer.Option(min=1, help="At most so many passes.")] = 60,
+    patience: Annotated[int, typer.Option(min=1, help="Stop after so many without gain.")] = 15,
+    batch_size: Annotated[int, typer.Option(min=1, help="Slices in a step.")] = 4,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam at the start.")] = 2e-3,
+    seed: Annotated[int, typer.Option(help="All randomness follows from it.")] = 1,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 takes all cores.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or gpu.")] = "auto",
+    quiet: Annotated[bool, typer.Option(help="No progress bars.")] = False,
+) -> None:
+    """Train a new Dafne model from scratch; one person in five chooses the best epoch.
+
+    Example: dafne-federated train data/hippocampus -o Hippocampus.model --name Hippocampus
+    """
+    prepare_backend(threads, device)
+    from dafne_federated.core.base_training import FitSettings, propose_spec, train_base
+    from dafne_federated.core.dataset import load_case, open_folder, split_persons
+    from dafne_federated.core.function_sources import thigh_spec
+    from dafne_federated.core.model_file import write_model
+    from dafne_federated.simulations.progress import Stages
+
+    if output.exists():
+        msg = f"{output}: there is a file already; choose another name"
+        raise SettingsError(msg)
+    if preset not in ("small", "thigh"):
+        msg = f"preset: expected 'small' or 'thigh', got {preset!r}"
+        raise SettingsError(msg)
+    folder = open_folder(data)
+    refs = [ref for ref in folder.cases if site in (None, ref.site)]
+    parts = split_persons(refs, (4, 1), seed)
+    if not parts[1]:
+        msg = f"expected at least 2 persons to train on, got {len({r.person for r in refs})}"
+        raise SettingsError(msg)
+    training, validation = ([load_case(ref, folder.labels) for ref in part] for part in parts)
+    labels = list(folder.labels.values())
+    if preset == "thigh":
+        spec = thigh_spec().model_copy(update={"labels": tuple(labels), "sides": sides})
+    else:
+        spec = propose_spec([*training, *validation], labels, size, resolution, sides=sides)
+    settings = FitSettings(epochs, patience, batch_size, learning_rate, seed)
+    with (
+        Stages(quiet) as stages,
+        stages.stage("Preparing images", len(refs)) as prepared,
+        stages.stage("Training", epochs) as trained,
+    ):
+        file, fit = train_base(
+            spec,
+            training,
+            validation,
+            name or folder.name or output.stem,
+            settings,
+            int(time.time()),
+            on_case=lambda: prepared(""),
+            on_epoch=lambda _epoch, loss, dice: trained(f"loss {loss:.3f}, Dice {dice:.3f}"),
+        )
+    written = write_model(file, output)
+    Approvals().add(written, "trained on this machine")
+    print(f"{output}  {written.digest}")
+    print(f"validation Dice {fit.best_dice:.3f} in epoch {fit.best_epoch} of {len(fit.history)}")
