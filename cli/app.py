@@ -43,3 +43,7 @@ def main() -> None:
     except DafneFederatedError as error:
         print(f"dafne-federated: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -154,21 +154,21 @@ def _one_of(value: str, known: tuple[str, ...], name: str) -> str:
 
 
 def _summary(path: Path) -> None:
-    from dafne_federated.core.metrics import mean
     from dafne_federated.core.run_folder import RunFolder
+    from dafne_federated.simulations.comparison import compare
     from dafne_federated.simulations.test_results import ARMS, load_test_rows
 
     folder = RunFolder(path)
-    result, rows = folder.result(), load_test_rows(folder)
-    table = Table("site", "persons", *ARMS, title="Mean Dice on persons that nobody trained on")
-    for site in [*sorted({row.site for row in rows}), None]:
-        mine = [row for row in rows if site in (None, row.site)]
-        means = [mean([row.dice for row in mine if row.arm == arm]) for arm in ARMS]
-        cells = ["-" if value is None else f"{value:.3f}" for value in means]
-        persons = len({row.person for row in mine})
-        table.add_row(site or "all", str(persons), *cells, end_section=site is None)
+    result, plan = folder.result(), folder.plan()
     console = Console()
-    console.print(table)
+    table = Table("site", "persons", *ARMS, title="Mean Dice on persons that nobody trained on")
+    if rows := load_test_rows(folder):
+        compared = compare(rows, plan.labels)
+        for line in (*compared.site_lines.values(), compared.total):
+            shown = [line.dice(arm) for arm in ARMS]
+            cells = ["-" if value is None else f"{value:.3f}" for value in shown]
+            table.add_row(line.site or "all", str(line.persons), *cells)
+        console.print(table)
     word = "Released" if result.released else "Nothing released"
     console.print(f"{word}: {result.reason}", highlight=False)
     if result.released:

@@ -42,7 +42,7 @@ def train(
     from dafne_federated.core.dataset import load_case, open_folder, split_persons
     from dafne_federated.core.function_sources import thigh_spec
     from dafne_federated.core.model_file import write_model
-    from dafne_federated.simulations.progress import Stages
+    from dafne_federated.simulations.progress import Stages, epoch_note
 
     if output.exists():
         msg = f"{output}: there is a file already; choose another name"
@@ -53,8 +53,8 @@ def train(
     folder = open_folder(data)
     refs = [ref for ref in folder.cases if site in (None, ref.site)]
     parts = split_persons(refs, (4, 1), seed)
-    if not parts[1]:
-        msg = f"expected at least 2 persons to train on, got {len({r.person for r in refs})}"
+    if not parts[0]:
+        msg = f"expected at least one person to train on, got none in {data}"
         raise SettingsError(msg)
     training, validation = ([load_case(ref, folder.labels) for ref in part] for part in parts)
     labels = list(folder.labels.values())
@@ -76,9 +76,13 @@ def train(
             settings,
             int(time.time()),
             on_case=lambda: prepared(""),
-            on_epoch=lambda _epoch, loss, dice: trained(f"loss {loss:.3f}, Dice {dice:.3f}"),
+            on_epoch=lambda _epoch, loss, dice: trained(epoch_note(loss, dice)),
         )
     written = write_model(file, output)
     Approvals().add(written, "trained on this machine")
     print(f"{output}  {written.digest}")
-    print(f"validation Dice {fit.best_dice:.3f} in epoch {fit.best_epoch} of {len(fit.history)}")
+    if fit.best_dice is None:
+        print(f"trained {len(fit.history)} epochs; one person leaves nobody to validate on")
+    else:
+        epochs_run = len(fit.history)
+        print(f"validation Dice {fit.best_dice:.3f} in epoch {fit.best_epoch} of {epochs_run}")

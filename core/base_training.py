@@ -103,14 +103,14 @@ def train_base(
     timestamp_id: int,
     cache: BiasFieldCache | None = None,
     on_case: Callable[[], None] | None = None,
-    on_epoch: Callable[[int, float, float], None] | None = None,
+    on_epoch: Callable[[int, float, float | None], None] | None = None,
 ) -> tuple[ModelFile, Fit]:
     """Train a new model from scratch on ``training``, choosing the epoch on ``validation``.
 
     Args:
         spec: The network.
         training: Cases to train on.
-        validation: Cases of other persons.
+        validation: Cases of other persons; without any, the last epoch is kept.
         name: Name of the model in Dafne.
         settings: How to train.
         timestamp_id: Version, in seconds since 1970.
@@ -138,7 +138,7 @@ def train_base(
                 on_case()
 
     slices = model.prepare_all(iter(told(training)), cache=cache)
-    held_out = model.prepare_all(iter(told(validation)), cache=cache)
+    held_out = model.prepare_all(iter(told(validation)), cache=cache) if validation else None
     assert model.loss is not None  # prepare_all kept slices, so the loss was captured
     fit = train_network(
         model.network,
@@ -155,7 +155,7 @@ def train_base(
     trained = {
         "epochs": len(fit.history),
         "best_epoch": fit.best_epoch,
-        "validation_dice": round(fit.best_dice, 4),
+        "validation_dice": None if fit.best_dice is None else round(fit.best_dice, 4),
         "training_cases": len(training),
         "seed": settings.seed,
         "software": versions(),

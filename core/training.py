@@ -101,14 +101,14 @@ class Fit:
 
     Attributes:
         best_epoch: The epoch whose weights were kept, 1 first.
-        best_dice: Its Dice on the validation slices, mean over labels.
+        best_dice: Its Dice on the validation slices, mean over labels; None without any.
         history: Per epoch: loss and validation Dice.
         seconds: Wall time.
     """
 
     best_epoch: int
-    best_dice: float
-    history: list[tuple[float, float]]
+    best_dice: float | None
+    history: list[tuple[float, float | None]]
     seconds: float
 
 
@@ -116,13 +116,13 @@ def train_network(
     network: keras.Model,
     loss: Loss,
     training: PreparedSlices,
-    validation: PreparedSlices,
+    validation: PreparedSlices | None,
     epochs: int,
     patience: int,
     batch_size: int,
     learning_rate: float,
     seed: int,
-    on_epoch: Callable[[int, float, float], None] | None = None,
+    on_epoch: Callable[[int, float, float | None], None] | None = None,
 ) -> Fit:
     """Train all weights and keep those of the epoch with the best validation Dice.
 
@@ -133,7 +133,7 @@ def train_network(
         network: A built network in Dafne's form; changed in place.
         loss: Called with one-hot targets and the network's output.
         training: Slices to train on.
-        validation: Slices of other persons, to choose the epoch.
+        validation: Slices of other persons, to choose the epoch; None keeps the last one.
         epochs: At most so many.
         patience: Stop after so many epochs without a better Dice.
         batch_size: Slices in a step.
@@ -146,12 +146,14 @@ def train_network(
     network.trainable = True
     network.compile(optimizer=keras.optimizers.Adam(schedule, clipnorm=1.0), loss=loss)
     generator = np.random.default_rng(seed)
-    begun, history, best, kept = time.monotonic(), [], 0, network.get_weights()
+    begun, best, kept = time.monotonic(), 0, network.get_weights()
+    history: list[tuple[float, float | None]] = []
     for epoch in range(1, epochs + 1):
         losses = train_epoch(network, training, batch_size, generator)
-        score = slice_dice(network.predict_on_batch, validation)
+        score = slice_dice(network.predict_on_batch, validation) if validation else None
         history.append((float(np.mean(losses)), score))
-        if score > history[best][1] or epoch == 1:
+        before = history[best][1]
+        if epoch == 1 or score is None or before is None or score > before:
             best, kept = epoch - 1, network.get_weights()
         if on_epoch:
             on_epoch(epoch, *history[-1])

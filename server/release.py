@@ -78,7 +78,7 @@ def choose_round(rounds: list[RoundLine], settings: RunSettings) -> tuple[int | 
         if best is None or average > best[0]:
             best = (average, number)
     if best is None:
-        return None, "no state is better than the base: " + "; ".join(reasons[-3:])
+        return None, "no state passed the gate: " + "; ".join(reasons[-3:])
     return best[
         1
     ], f"round {best[1]} has the best mean Dice, and no label lost more than the margin"

@@ -19,6 +19,11 @@ from dafne_federated.core.run_folder import RunFolder
 Advance = Callable[[str], None]
 
 
+def epoch_note(loss: float, dice: float | None) -> str:
+    """Return what to show of an epoch."""
+    return f"loss {loss:.3f}" + ("" if dice is None else f", Dice {dice:.3f}")
+
+
 class Stages:
     """Shows stages one under the other; ``quiet`` shows nothing."""
 

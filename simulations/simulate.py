@@ -30,11 +30,12 @@ from dafne_federated.core.settings import RunSettings
 from dafne_federated.core.state import State
 from dafne_federated.core.volumes import orientation
 from dafne_federated.server.rounds import first_state
+from dafne_federated.simulations.comparison import persons_to_show
 from dafne_federated.simulations.inline_engine import run_inline
 from dafne_federated.simulations.local_only import train_alone
 from dafne_federated.simulations.partition import Partition, PartitionSettings, divide
 from dafne_federated.simulations.phantoms import POPULATIONS, write_phantoms
-from dafne_federated.simulations.progress import Stages
+from dafne_federated.simulations.progress import Stages, epoch_note
 from dafne_federated.simulations.ray_engine import run_ray
 from dafne_federated.simulations.report import write_report
 from dafne_federated.simulations.test_results import (
@@ -45,8 +46,6 @@ from dafne_federated.simulations.test_results import (
 )
 
 log = logging.getLogger(__name__)
-
-_OVERLAYS_PER_SITE = 2
 
 
 @dataclass(frozen=True)
@@ -173,9 +172,8 @@ def _train_base(
     if not partition.base:
         msg = "no base: give a .model with --base, or persons to train one with --base-site"
         raise SettingsError(msg)
+    # One person in five chooses the epoch; a single person leaves none to choose it.
     training, validation = split_persons(partition.base, (4, 1), simulation.settings.seed)
-    if not validation:
-        training, validation = split_persons(partition.base, (1, 1), simulation.settings.seed)
     cases = [load_case(ref, images.labels) for ref in training]
     held_out = [load_case(ref, images.labels) for ref in validation]
     choice = simulation.network
@@ -202,9 +200,9 @@ def _train_base(
             timestamp,
             cache,
             lambda: prepared(""),
-            lambda _epoch, loss, dice: trained(f"loss {loss:.3f}, Dice {dice:.3f}"),
+            lambda _epoch, loss, dice: trained(epoch_note(loss, dice)),
         )
-    log.info("base: best epoch %d, validation Dice %.3f", fit.best_epoch, fit.best_dice)
+    log.info("base: best epoch %d, validation Dice %s", fit.best_epoch, fit.best_dice)
     path = simulation.run / "trained-base.model"
     Approvals().add(write_model(file, path), "trained on this machine by a simulation")
     return path
@@ -251,13 +249,14 @@ def _test(
             arms: dict[str, list[State]] = {"base": [start], "federated": [final]}
             arms |= {"local only": local} if local else {}
             bench = Site(sites[name]) if name in sites else any_site
-            for number, case_name in enumerate(cases):
+            for case_name in cases:
                 found, overlay = _test_case(bench, plan, refs[case_name], images, name, arms)
                 rows += found
-                overlays += [overlay] if number < _OVERLAYS_PER_SITE else []
+                overlays.append(overlay)
                 advance(case_name)
+    shown = persons_to_show(rows)
     save_test_rows(folder, rows)
-    save_overlays(folder, overlays)
+    save_overlays(folder, [o for o in overlays if (o.site, o.person) in shown])
 
 
 def _test_case(

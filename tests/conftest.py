@@ -132,3 +132,27 @@ def make_state(small_plan: AdaptationPlan) -> Callable[..., State]:
         }
 
     return make
+
+
+@pytest.fixture(scope="session")
+def squares_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder of eight persons at two sites that differ in contrast."""
+    from dataclasses import replace
+
+    from dafne_federated.core.volumes import write_nifti_pair
+
+    path = tmp_path_factory.mktemp("squares")
+    rows = ["subject,image,label,person,site"]
+    for site, strength in (("clinic", 0.45), ("hospital", 0.35)):
+        for number in range(4):
+            case = square_case(f"{site}-{number}", 100 + number)
+            image = (100 + (case.image - 100) * strength).astype(np.float32)
+            case = replace(case, image=image, site=site)
+            files = (f"images/{case.name}.nii.gz", f"labels/{case.name}.nii.gz")
+            write_nifti_pair(case, path / files[0], path / files[1], {1: "bright", 2: "dark"})
+            rows.append(f"{case.name},{files[0]},{files[1]},{case.name},{site}")
+    (path / "participants.csv").write_text("\n".join(rows) + "\n")
+    (path / "dataset.json").write_text(
+        '{"name": "Squares", "labels": {"1": "bright", "2": "dark"}}'
+    )
+    return path

@@ -50,9 +50,7 @@ def test_the_result_is_a_state_of_the_plan(
 
 
 @ANY
-def test_one_site_is_a_fixed_point(
-    name: str, small_plan: AdaptationPlan, make_state: Make
-) -> None:
+def test_one_site_is_a_fixed_point(name: str, small_plan: AdaptationPlan, make_state: Make) -> None:
     (only,) = updates(make_state, 1)
     result = STRATEGIES[name](small_plan, [only])
     assert state_bytes(small_plan, result.state) == state_bytes(small_plan, only.state)
@@ -157,9 +155,7 @@ def test_mixed_ranks_are_combined_or_refused_in_words(
             STRATEGIES[name](small_plan, ups)
 
 
-def test_factors_is_not_the_mean_of_products(
-    small_plan: AdaptationPlan, make_state: Make
-) -> None:
+def test_factors_is_not_the_mean_of_products(small_plan: AdaptationPlan, make_state: Make) -> None:
     ups = updates(make_state)
     assert STRATEGIES["factors"](small_plan, ups).error > 0.1
     assert STRATEGIES["product"](small_plan, ups).error < STRATEGIES["factors"](

@@ -132,9 +132,7 @@ def test_bad_arrays_are_refused_by_name(judged: Judge, arrays: dict[str, Any], w
         ({"protocol": 2}, "protocol"),
     ],
 )
-def test_bad_claims_are_refused_by_name(
-    judged: Judge, changes: dict[str, Any], words: str
-) -> None:
+def test_bad_claims_are_refused_by_name(judged: Judge, changes: dict[str, Any], words: str) -> None:
     verdict = judged(**changes)
     assert verdict.status == "refused"
     assert words in verdict.reason

@@ -1,0 +1,184 @@
+"""Rounds use what is good, refuse what is not, survive a stop, and do not depend on order."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Error, Message, RecordDict
+
+from dafne_federated.core.errors import RunError
+from dafne_federated.core.run_folder import RunFolder
+from dafne_federated.core.state import state_bytes
+from dafne_federated.server.rounds import run_rounds
+
+Make = Callable[..., Any]
+
+
+def final(folder: RunFolder) -> bytes:
+    last = folder.rounds()[-1].round
+    return state_bytes(folder.plan(), folder.state_after(last))
+
+
+def test_a_run_trains_all_rounds_and_evaluates_the_last_state(
+    new_run: Make, make_grid: Make
+) -> None:
+    folder = new_run()
+    run_rounds(make_grid(folder), folder)
+    lines = folder.rounds()
+    assert [(line.round, line.trained) for line in lines] == [
+        (1, True),
+        (2, True),
+        (3, True),
+        (4, False),
+    ]
+    assert lines[2].state_digest == lines[3].state_digest
+    assert all(site.status == "ok" for line in lines for site in line.sites.values())
+    assert lines[3].aggregation_error is None
+
+
+def test_the_base_goes_down_once_and_later_messages_carry_adapters_only(
+    new_run: Make, make_grid: Make
+) -> None:
+    folder = new_run()
+    grid = make_grid(folder)
+    list(grid.sites.values())[0].has_base = True
+    run_rounds(grid, folder)
+    kinds = [site.received for site in grid.sites.values()]
+    assert [k.count("train.base") for k in kinds] == [0, 1, 1]
+    assert kinds[0] == ["query.offer", *["train.round"] * 3, "evaluate.state"]
+    state = len(state_bytes(folder.plan(), folder.state_after(1)))
+    for line in folder.rounds()[1:3]:
+        for site in line.sites.values():
+            assert 0 < site.bytes_up < 2 * state
+            assert 0 < site.bytes_down < 2 * state
+
+
+@pytest.mark.parametrize("strategy", ["product", "factors"])
+def test_order_of_arrival_does_not_change_a_bit(
+    new_run: Make, make_grid: Make, strategy: str
+) -> None:
+    results = set()
+    for order in (list, lambda ids: ids[::-1], lambda ids: ids[1:] + ids[:1]):
+        folder = new_run(strategy=strategy)
+        run_rounds(make_grid(folder, order=order), folder)
+        results.add(final(folder))
+    assert len(results) == 1
+
+
+@pytest.mark.parametrize("stopped_in", [1, 2, 3, 4])
+def test_a_run_stopped_anywhere_ends_in_the_same_bits(
+    new_run: Make, make_grid: Make, stopped_in: int
+) -> None:
+    unbroken = new_run()
+    run_rounds(make_grid(unbroken), unbroken)
+
+    folder = new_run()
+    grid = make_grid(folder)
+
+    def stop(message: Message, content: RecordDict) -> RecordDict:
+        if message.metadata.group_id == str(stopped_in):
+            raise KeyboardInterrupt
+        return content
+
+    list(grid.sites.values())[1].change = stop
+    with pytest.raises(KeyboardInterrupt):
+        run_rounds(grid, folder)
+    assert len(folder.rounds()) == stopped_in - 1
+    # What a kill in the middle of writing leaves behind must not matter.
+    with (folder.path / "rounds.jsonl").open("a") as file:
+        file.write('{"round": 99, "trai')
+    (folder.path / "checkpoints").mkdir(exist_ok=True)
+    (folder.path / "checkpoints" / ".round-0009.npz.tmp").write_bytes(b"half")
+
+    run_rounds(make_grid(folder), folder)
+    assert final(folder) == final(unbroken)
+    assert [line.round for line in folder.rounds()] == [1, 2, 3, 4]
+    run_rounds(make_grid(folder), folder)  # a finished run has nothing left to do
+    assert final(folder) == final(unbroken)
+
+
+def spoil_arrays(message: Message, content: RecordDict) -> RecordDict:
+    if "arrays" in content:
+        from flwr.app import Array
+
+        content.array_records["arrays"]["0006/delta"] = Array(np.full((1, 1, 4, 3), np.nan, "f4"))
+    return content
+
+
+@pytest.mark.parametrize(
+    ("spoil", "status", "words"),
+    [
+        (spoil_arrays, "refused", "finite values"),
+        (
+            lambda m, c: Error(2, "<class 'X'>:<'/home/person/secret'>"),
+            "failed",
+            "without an answer",
+        ),
+        (lambda m, c: RecordDict({}), "refused", "no record 'message'"),
+        (lambda m, c: None, "silent", "no answer within 1 s"),
+    ],
+    ids=["nan", "crash", "empty", "silent"],
+)
+def test_a_bad_site_costs_the_others_nothing(
+    new_run: Make, make_grid: Make, spoil: Any, status: str, words: str
+) -> None:
+    alone = new_run()
+    run_rounds(make_grid(alone, "ac"), alone)
+
+    folder = new_run(deadline=1.0)
+    grid = make_grid(folder)
+
+    def change(message: Message, content: RecordDict) -> Any:
+        return (
+            spoil(message, content) if message.metadata.message_type == "train.round" else content
+        )
+
+    list(grid.sites.values())[1].change = change
+    run_rounds(grid, folder)
+    bad = folder.rounds()[0].sites["site-b"]
+    assert bad.status == status
+    assert words in bad.reason
+    assert "secret" not in (folder.path / "rounds.jsonl").read_text()
+    assert final(folder) == final(alone)
+
+
+def test_too_few_updates_end_the_run_with_the_reasons(new_run: Make, make_grid: Make) -> None:
+    folder = new_run()
+    grid = make_grid(folder, "ab")
+    list(grid.sites.values())[1].change = spoil_arrays
+    with pytest.raises(RunError, match=r"round 1: expected 2 updates, got 1; site-b: array"):
+        run_rounds(grid, folder)
+    assert folder.rounds() == []
+
+
+def test_too_few_sites_end_the_run_with_the_number(new_run: Make, make_grid: Make) -> None:
+    folder = new_run(min_sites=4)
+    with pytest.raises(RunError, match="expected at least 4 sites, got 3"):
+        run_rounds(make_grid(folder), folder)
+
+
+def test_sites_that_decline_are_left_out_with_their_reason(new_run: Make, make_grid: Make) -> None:
+    folder = new_run()
+    grid = make_grid(folder)
+
+    def decline(message: Message, content: RecordDict) -> RecordDict:
+        if message.metadata.message_type == "query.offer":
+            content.config_records["message"]["status"] = "refused"
+            content.config_records["message"]["reason"] = "the base is not approved at this site"
+        return content
+
+    list(grid.sites.values())[2].change = decline
+    run_rounds(grid, folder)
+    assert sorted(folder.rounds()[0].sites) == ["site-a", "site-b"]
+    (members,) = [event for event in folder.events() if event["event"] == "members"]
+    assert members["declined"] == {"site-c": "the base is not approved at this site"}
+
+
+def test_two_sites_of_one_name_are_not_mixed_up(new_run: Make, make_grid: Make) -> None:
+    folder = new_run()
+    grid = make_grid(folder, "abb")
+    run_rounds(grid, folder)
+    assert sorted(folder.rounds()[0].sites) == ["site-a", "site-b"]
+    (members,) = [event for event in folder.events() if event["event"] == "members"]
+    assert "another site is called 'site-b'" in str(members["declined"])
