@@ -40,7 +40,6 @@ class Stages:
         )
 
     def __enter__(self) -> "Stages":
-        self._progress.start()
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -49,6 +48,7 @@ class Stages:
     @contextlib.contextmanager
     def stage(self, name: str, total: int) -> Iterator[Advance]:
         """Show a bar while the block runs; the block calls what it gets after each step."""
+        self._progress.start()  # only now: a display without a stage would print an empty line
         task = self._progress.add_task(name, total=total, note="")
 
         def advance(note: str = "") -> None:

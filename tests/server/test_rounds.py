@@ -42,7 +42,7 @@ def test_the_base_goes_down_once_and_later_messages_carry_adapters_only(
 ) -> None:
     folder = new_run()
     grid = make_grid(folder)
-    list(grid.sites.values())[0].has_base = True
+    next(iter(grid.sites.values())).has_base = True
     run_rounds(grid, folder)
     kinds = [site.received for site in grid.sites.values()]
     assert [k.count("train.base") for k in kinds] == [0, 1, 1]

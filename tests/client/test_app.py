@@ -1,0 +1,252 @@
+"""A site does only what its people agreed to, and nothing of it leaks when something fails."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("backend")]
+
+from flwr.app import Context, Message, RecordDict  # noqa: E402
+from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
+
+from dafne_federated.client.app import app  # noqa: E402
+from dafne_federated.core.adapters import AdaptedNetwork  # noqa: E402
+from dafne_federated.core.approvals import Approvals  # noqa: E402
+from dafne_federated.core.files import sha256  # noqa: E402
+from dafne_federated.core.model_file import read_model  # noqa: E402
+from dafne_federated.core.model_runtime import RunningModel  # noqa: E402
+from dafne_federated.core.new_run import make_plan  # noqa: E402
+from dafne_federated.core.plan import AdaptationPlan  # noqa: E402
+from dafne_federated.core.settings import RunSettings  # noqa: E402
+from dafne_federated.core.state import initial_state, state_bytes  # noqa: E402
+from dafne_federated.core.versions import software_version  # noqa: E402
+from dafne_federated.core.wire import (  # noqa: E402
+    BaseModelBytes,
+    BaseReply,
+    Offer,
+    OfferReply,
+    RoundReply,
+    RoundRequest,
+    array_record,
+)
+from dafne_federated.core.wire_arrays import take_state  # noqa: E402
+
+RUN = "0" * 32
+
+
+@pytest.fixture(scope="module")
+def plan(trained: Any) -> AdaptationPlan:
+    model = RunningModel(read_model(trained.path), trained.approvals)
+    return make_plan(model, RunSettings(rank=2))
+
+
+class SiteUnderTest:
+    """A site with its folder, spoken to as Flower would."""
+
+    def __init__(self, path: Path, data: Path, **changes: Any) -> None:
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+        self.path = path
+        self.approvals = Approvals(path / "approved.json")
+        settings = {
+            "name": "clinic",
+            "data": str(data),
+            "training": ["clinic-0", "clinic-1"],
+            "validation": ["clinic-2"],
+            "cache": str(path / "cache"),
+            "approvals": str(self.approvals.path),
+            "threads": 2,
+            "device": "cpu",
+        } | changes
+        (path / "site.json").write_text(json.dumps(settings))
+
+    def ask(self, content: RecordDict, kind: str) -> RecordDict:
+        message = Message(content, dst_node_id=5, message_type=kind)
+        message.metadata.__dict__["_message_id"] = "m"
+        config = {"site": str(self.path / "site.json")}
+        context = Context(1, 5, config, RecordDict({}), {})
+        reply = app(message, context)
+        assert not reply.has_error()
+        return reply.content
+
+    def offer(self, plan: AdaptationPlan, changes: dict[str, Any] | None = None) -> OfferReply:
+        offer = Offer(
+            software=software_version(),
+            run=RUN,
+            base_digest=plan.base_digest,
+            base_bytes=100,
+            plan=plan.to_json(),
+        ).model_copy(update=changes or {})
+        return OfferReply.from_record(self.ask(offer.to_record(), "query.offer"))
+
+    def send_base(self, data: bytes, digest: str) -> BaseReply:
+        arrays = array_record({"base": np.frombuffer(data, np.uint8)})
+        content = BaseModelBytes(run=RUN, base_digest=digest).to_record(arrays)
+        return BaseReply.from_record(self.ask(content, "train.base"))
+
+    def round(self, plan: AdaptationPlan, epochs: int = 1, **changes: Any) -> RecordDict:
+        request = RoundRequest(
+            run=RUN,
+            round=1,
+            base_digest=plan.base_digest,
+            plan_digest=plan.digest,
+            epochs=epochs,
+            batch_size=4,
+            learning_rate=0.01,
+            seed=1,
+        ).model_copy(update=changes)
+        return self.ask(request.to_record(initial_state(plan, 0)), "train.round")
+
+
+MakeSite = Callable[..., SiteUnderTest]
+
+
+@pytest.fixture
+def make_site(tmp_path: Path, squares_folder: Path) -> MakeSite:
+    def make(**changes: Any) -> SiteUnderTest:
+        return SiteUnderTest(tmp_path, squares_folder, **changes)
+
+    return make
+
+
+@pytest.fixture
+def ready(make_site: MakeSite, plan: AdaptationPlan, trained: Any) -> SiteUnderTest:
+    """A site that approved and has the base."""
+    site = make_site()
+    site.approvals.add(read_model(trained.path), "test")
+    assert site.offer(plan).status == "need"
+    assert site.send_base(trained.path.read_bytes(), plan.base_digest).status == "stored"
+    assert site.offer(plan).status == "have"
+    return site
+
+
+def test_nothing_happens_without_approval(
+    make_site: MakeSite, plan: AdaptationPlan, trained: Any
+) -> None:
+    site = make_site()
+    reply = site.offer(plan)
+    assert (reply.status, "is not approved at this site" in reply.reason) == ("refused", True)
+    answer = site.send_base(trained.path.read_bytes(), plan.base_digest)
+    assert (answer.status, "not approved" in answer.reason) == ("refused", True)
+    assert not list(site.path.glob("cache/**/*.model"))
+    reply_ = RoundReply.from_record(site.round(plan))
+    assert (reply_.status, "never offered" in reply_.reason) == ("refused", True)
+
+
+def test_a_doctored_base_is_not_kept(
+    make_site: MakeSite, plan: AdaptationPlan, trained: Any
+) -> None:
+    site = make_site()
+    site.approvals.add(read_model(trained.path), "test")
+    site.offer(plan)
+    reply = site.send_base(trained.path.read_bytes()[:-1] + b"!", plan.base_digest)
+    assert (reply.status, "expected digest" in reply.reason) == ("refused", True)
+    assert site.offer(plan).status == "need"
+
+
+def test_a_base_that_was_changed_on_disk_is_not_used(
+    ready: SiteUnderTest, plan: AdaptationPlan
+) -> None:
+    (path,) = ready.path.glob("cache/bases/*.model")
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    assert ready.offer(plan).status == "need"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"software": "9.9"}, "the server 9.9"),
+        ({"base_digest": "c" * 64}, "belongs to another base"),
+        ({"plan": "{}"}, "adaptation plan"),
+    ],
+)
+def test_offers_that_do_not_fit_are_refused_in_words(
+    ready: SiteUnderTest, plan: AdaptationPlan, changes: dict[str, Any], words: str
+) -> None:
+    reply = ready.offer(plan, changes)
+    assert reply.status == "refused"
+    assert words in reply.reason
+
+
+def test_the_sites_own_limits_hold(make_site: MakeSite, plan: AdaptationPlan, trained: Any) -> None:
+    site = make_site(min_cases=3)
+    site.approvals.add(read_model(trained.path), "test")
+    assert "at least 3 training cases" in site.offer(plan).reason
+    site = make_site(max_epochs=2)
+    site.offer(plan)
+    site.send_base(trained.path.read_bytes(), plan.base_digest)
+    reply = RoundReply.from_record(site.round(plan, epochs=3))
+    assert (reply.status, reply.reason) == ("refused", "this site trains at most 2 epochs a round")
+
+
+def test_a_round_gives_an_update_and_the_dice_of_what_came(
+    ready: SiteUnderTest, plan: AdaptationPlan
+) -> None:
+    content = ready.round(plan, epochs=2)
+    reply = RoundReply.from_record(content)
+    assert (reply.status, reply.training_cases, reply.training_slices) == ("ok", 2, 8)
+    assert reply.dice_cases == [1, 1]
+    state = take_state(content, plan)
+    assert state_bytes(plan, state) != state_bytes(plan, initial_state(plan, 0))
+    again = take_state(ready.round(plan, epochs=2), plan)
+    assert state_bytes(plan, again) == state_bytes(plan, state)  # same round, same bits
+    other = take_state(ready.round(plan, epochs=2, round=2), plan)
+    assert state_bytes(plan, other) != state_bytes(plan, state)
+
+
+def test_evaluation_alone_sends_no_arrays(ready: SiteUnderTest, plan: AdaptationPlan) -> None:
+    content = ready.round(plan, epochs=0)
+    assert "arrays" not in content
+    assert RoundReply.from_record(content).training_cases == 0
+
+
+def test_prepared_slices_come_from_disk_the_second_time(
+    ready: SiteUnderTest, plan: AdaptationPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import dafne_federated.client.site as module
+
+    first = take_state(ready.round(plan), plan)
+    monkeypatch.setattr(module, "_KEPT", module._Kept())  # as in a new process
+    kept = sorted(ready.path.glob("cache/slices/*.npz"))
+    assert len(kept) == 2
+    kept[0].write_bytes(b"damaged")  # is prepared again
+    second = take_state(ready.round(plan), plan)
+    assert state_bytes(plan, first) == state_bytes(plan, second)
+
+
+def test_a_failure_gives_nothing_away(
+    ready: SiteUnderTest, plan: AdaptationPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        msg = "/home/hospital/patient-name is gone"
+        raise OSError(msg)
+
+    monkeypatch.setattr(AdaptedNetwork, "write", fail)
+    content = ready.round(plan)
+    reply = RoundReply.from_record(content)
+    assert reply.status == "failed"
+    assert reply.reason == "the site could not do this; its own log says why"
+    assert "patient" not in str(content)
+
+
+def test_data_that_is_missing_gives_nothing_away(
+    make_site: MakeSite, plan: AdaptationPlan, trained: Any
+) -> None:
+    site = make_site(validation=["secret-name"])
+    site.approvals.add(read_model(trained.path), "test")
+    site.offer(plan)
+    site.send_base(trained.path.read_bytes(), plan.base_digest)
+    content = site.round(plan)
+    assert RoundReply.from_record(content).status == "failed"
+    assert "secret-name" not in str(content)
+
+
+def test_approval_can_be_taken_back(ready: SiteUnderTest, plan: AdaptationPlan) -> None:
+    assert RoundReply.from_record(ready.round(plan)).status == "ok"
+    ready.approvals.path.unlink()
+    reply = RoundReply.from_record(ready.round(plan))
+    assert reply.status == "refused"
+    assert sha256(b"") not in reply.reason

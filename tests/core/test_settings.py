@@ -1,0 +1,44 @@
+"""Settings are checked once, and what is wrong is named with its value."""
+
+from pathlib import Path
+
+import pytest
+
+from dafne_federated.core.errors import SettingsError
+from dafne_federated.core.settings import RunSettings, read_settings
+
+
+def test_defaults_are_valid_and_flags_override_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "settings.toml"
+    path.write_text('rounds = 7\nlearning-rate = 0.01\nstrategy = "factors"\n')
+    assert read_settings(None) == RunSettings()
+    found = read_settings(path, rounds=9, epochs=None)
+    assert (found.rounds, found.learning_rate, found.strategy) == (9, 0.01, "factors")
+
+
+def test_json_round_trip() -> None:
+    settings = RunSettings(rounds=3, gate="none")
+    assert RunSettings.model_validate_json(settings.model_dump_json(by_alias=True)) == settings
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("round = 3", "round: Extra inputs are not permitted, got 3"),
+        ("rounds = 0", "rounds: .*greater than or equal to 1, got 0"),
+        ('strategy = "best"', "strategy: .*'product' or 'factors', got 'best'"),
+        ("learning-rate = nan", "learning-rate: .* got nan"),
+        ("rank = 9\nmax-rank = 4", "rank: expected at most max-rank 4, got 9"),
+        ("rounds = [", "cannot read settings"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "settings.toml"
+    path.write_text(text)
+    with pytest.raises(SettingsError, match=words):
+        read_settings(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"nowhere\.toml: cannot read settings"):
+        read_settings(tmp_path / "nowhere.toml")

@@ -1,0 +1,127 @@
+"""Messages survive the trip, and bad ones are refused by name before anything is parsed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
+
+from dafne_federated.core.errors import MessageError
+from dafne_federated.core.plan import AdaptationPlan
+from dafne_federated.core.state import State
+from dafne_federated.core.wire import (
+    BaseModelBytes,
+    BaseReply,
+    Offer,
+    OfferReply,
+    RoundReply,
+    RoundRequest,
+    array_record,
+    record_bytes,
+)
+from dafne_federated.core.wire_arrays import take_bytes, take_state
+
+SHA = "a" * 64
+RUN = "0" * 32
+MESSAGES = [
+    Offer(software="0.1.0", run=RUN, base_digest=SHA, base_bytes=10, plan="{}"),
+    OfferReply(software="0.1.0", site="A", status="need", training_cases=3, validation_cases=0),
+    BaseModelBytes(run=RUN, base_digest=SHA),
+    BaseReply(site="A", status="refused", reason="not approved"),
+    RoundRequest(
+        run=RUN, round=1, base_digest=SHA, plan_digest=SHA, epochs=0, batch_size=1,
+        learning_rate=0.1, seed=0,
+    ),
+    RoundReply(
+        run=RUN, round=1, site="A", base_digest=SHA, plan_digest=SHA, status="ok",
+        training_cases=3, loss=0.25, dice=[0.5, 1.0], dice_cases=[2, 0],
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
+def test_round_trip(message: Any) -> None:
+    assert type(message).from_record(message.to_record()) == message
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
+def test_flower_can_carry_every_record(message: Any) -> None:
+    for record in message.to_record().values():
+        kind = type(record)
+        assert kind.inflate(record.deflate(), {}) == record
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
+def test_unknown_and_missing_fields_and_other_protocols_are_refused(message: Any) -> None:
+    kind = type(message)
+    for change, words in (
+        ({"colour": 1}, "colour"),
+        ({"protocol": 2}, "protocol"),
+    ):
+        content = message.to_record()
+        content.config_records["message"].update(change)
+        with pytest.raises(MessageError, match=f"{kind.__name__}: {words}"):
+            kind.from_record(content)
+    content = message.to_record()
+    key = next(k for k in content.config_records["message"] if k not in ("protocol", "reason"))
+    del content.config_records["message"][key]
+    with pytest.raises(MessageError, match=key):
+        kind.from_record(content)
+    with pytest.raises(MessageError, match="no record 'message'"):
+        kind.from_record(RecordDict({"other": ConfigRecord({})}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("site", "../../etc"), ("site", ""), ("site", "a\nb"), ("status", "fine"), ("round", 0)],
+)
+def test_odd_values_are_refused(name: str, value: object) -> None:
+    content = MESSAGES[-1].to_record()
+    content.config_records["message"][name] = value  # type: ignore[assignment]
+    with pytest.raises(MessageError, match=name):
+        RoundReply.from_record(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("loss", float("nan")), ("loss", float("inf")), ("dice", [1.5]), ("training-cases", -1)],
+)
+def test_odd_numbers_are_refused(name: str, value: Any) -> None:
+    content = MESSAGES[-1].to_record()
+    content.metric_records["metrics"][name] = value
+    with pytest.raises(MessageError, match=name):
+        RoundReply.from_record(content)
+
+
+def test_numbers_are_not_taken_from_the_wrong_record() -> None:
+    content = MESSAGES[-1].to_record()
+    content.config_records["message"]["loss"] = 0.5
+    with pytest.raises(MessageError, match="expected the numbers"):
+        RoundReply.from_record(content)
+    content = MESSAGES[-1].to_record()
+    content["metrics"] = MetricRecord({"round": 1})
+    with pytest.raises(MessageError, match="expected the numbers"):
+        RoundReply.from_record(content)
+
+
+def test_a_state_survives_the_trip(
+    small_plan: AdaptationPlan, make_state: Callable[..., State]
+) -> None:
+    state = make_state(0)
+    content = MESSAGES[-1].to_record(state)
+    back = take_state(content, small_plan)
+    for key, value in state.items():
+        np.testing.assert_array_equal(back[key], value)
+    size = sum(value.nbytes for value in state.values())
+    assert size < record_bytes(content) < size + 200 * (len(state) + 5)
+
+
+def test_bytes_survive_the_trip_and_are_bounded() -> None:
+    data = bytes(range(256)) * 10
+    content = RecordDict({"arrays": array_record({"base": np.frombuffer(data, np.uint8)})})
+    assert take_bytes(content, "base", limit=2560) == data
+    with pytest.raises(MessageError, match="expected at most 100 bytes"):
+        take_bytes(content, "base", limit=100)
+    with pytest.raises(MessageError, match="'other' is missing"):
+        take_bytes(content, "other", limit=2560)
