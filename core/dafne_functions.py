@@ -19,7 +19,12 @@ def init_model():
     STRIDES = [2, 2, 2]
 
     import keras
-    from keras import layers
+    from keras import layers, ops
+
+    def standardised(image):
+        centred = image - ops.mean(image, axis=(1, 2), keepdims=True)
+        variance = ops.mean(centred * centred, axis=(1, 2), keepdims=True)
+        return centred / ops.sqrt(variance + 1e-3)
 
     def normalised(level):
         # Momentum 0.9: Dafne trains in few steps, the default of 0.99 would leave the
@@ -37,7 +42,7 @@ def init_model():
     image = layers.Lambda(lambda both: both[..., 0:1])(inputs)
     weight_map = layers.Lambda(lambda both: both[..., 1:2])(inputs)
     # Each slice to mean 0 and variance 1: scanners differ in scale and offset.
-    level = layers.LayerNormalization(axis=[1, 2], center=False, scale=False)(image)
+    level = layers.Lambda(standardised)(image)
 
     skips = []
     for filters, stride in zip(FILTERS[:-1], [1, *STRIDES[:-1]], strict=True):
