@@ -3,14 +3,18 @@
 import logging
 import os
 import sys
+from typing import Never
 
 import typer
+from pydantic import ValidationError
 
 from dafne_federated.cli.approve import approve
 from dafne_federated.cli.check_data import check_data
 from dafne_federated.cli.evaluate import evaluate
 from dafne_federated.cli.inspect import inspect
 from dafne_federated.cli.merge import merge
+from dafne_federated.cli.methods import methods
+from dafne_federated.cli.printable import printable
 from dafne_federated.cli.report import report
 from dafne_federated.cli.simulate import simulate
 from dafne_federated.cli.train import train
@@ -27,6 +31,7 @@ app = typer.Typer(
 app.command("simulate")(simulate)
 app.command("inspect")(inspect)
 app.command("approve")(approve)
+app.command("methods")(methods)
 app.command("check-data")(check_data)
 app.command("train")(train)
 app.command("evaluate")(evaluate)
@@ -35,14 +40,24 @@ app.command("report")(report)
 
 
 def main() -> None:
-    """Run the command line; an error of ours is one line and exit status 1."""
+    """Run the command line; an error of ours, or of a file, is one line and exit status 1."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         app()
     except DafneFederatedError as error:
-        print(f"dafne-federated: {error}", file=sys.stderr)
-        sys.exit(1)
+        _fail(str(error))
+    except ValidationError as error:
+        first = error.errors()[0]
+        _fail(f"{'.'.join(map(str, first['loc'])) or error.title}: {first['msg']}")
+    except OSError as error:
+        named = "" if error.filename is None else f"{error.filename}: "
+        _fail(f"{named}{error.strerror or error}")
+
+
+def _fail(message: str) -> Never:
+    print(f"dafne-federated: {printable(message)}", file=sys.stderr)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from dafne_federated.cli.printable import printable
 from dafne_federated.core.approvals import Approvals
 from dafne_federated.core.model_file import model_labels, read_model
 
@@ -22,9 +23,11 @@ def approve(
     approvals = Approvals()
     known = {entry["sources"] for entry in approvals.entries().values()}
     labels = model_labels(model) or {}
-    print(f"name:     {model.metadata.get('model_name', '(none)')}")
-    print(f"author:   {model.metadata.get('info', {}).get('Author', '(not said)')}")
-    print(f"labels:   {', '.join(labels.values()) or '(not said)'}")
+    info = model.metadata.get("info")
+    author = info.get("Author", "(not said)") if isinstance(info, dict) else "(not said)"
+    print(f"name:     {printable(model.metadata.get('model_name', '(none)'))}")
+    print(f"author:   {printable(author)}")
+    print(f"labels:   {printable(', '.join(labels.values())) or '(not said)'}")
     print(f"digest:   {model.digest}")
     same = model.sources_digest in known
     print(f"program:  {'the same as in a model approved before' if same else 'new here'}")

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import json
 import sys
 from pathlib import Path
@@ -11,10 +12,18 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
+from dafne_federated.cli.output_file import check_output
+from dafne_federated.cli.printable import printable
 from dafne_federated.core.approvals import Approvals
 from dafne_federated.core.backend import prepare_backend
+from dafne_federated.core.dataset import CaseRef, DataFolder, load_case, open_folder
+from dafne_federated.core.errors import SettingsError
+from dafne_federated.core.files import write_atomic
 from dafne_federated.core.metrics import Agreement, mean
+from dafne_federated.core.model_file import read_model
+from dafne_federated.core.settings import read_settings
 
 FIELDS = ("dice", "hd95", "volume_error")
 
@@ -37,28 +46,32 @@ def evaluate(
 
     Example: dafne-federated evaluate Thigh_1700000000.model data/thigh --csv thigh.csv
     """
-    prepare_backend(threads, device)
-    from dafne_federated.core.dataset import load_case, open_folder
-    from dafne_federated.core.evaluation import evaluate_case
-    from dafne_federated.core.model_file import read_model
-    from dafne_federated.core.model_runtime import RunningModel
-
+    settings = read_settings(None, threads=threads, device=device)
+    if csv_file:
+        check_output(csv_file, replace=True)
     folder = open_folder(data)
-    refs = [ref for ref in folder.cases if site in (None, ref.site)]
+    refs = cases_of_site(folder, site)
     file = read_model(model)
     Approvals().require(file)
+    prepare_backend(settings.threads, settings.device)
+    from dafne_federated.core.evaluation import evaluate_case
+    from dafne_federated.core.model_runtime import RunningModel
+
     running = RunningModel(file, Approvals())
     rows: list[Agreement] = []
-    with Progress(console=Console(stderr=True), disable=json_output) as progress:
+    console = Console(stderr=True)
+    hidden = json_output or not console.is_interactive
+    with Progress(console=console, disable=hidden, transient=True) as progress:
         for ref in progress.track(refs, description="Evaluating"):
             case = load_case(ref, folder.labels)
             rows += evaluate_case(running, case, classification=classification)
     records = [dataclasses.asdict(row) for row in rows]
     if csv_file:
-        with csv_file.open("w", newline="", encoding="utf-8") as file_handle:
-            writer = csv.DictWriter(file_handle, ["case", "label", *FIELDS])
-            writer.writeheader()
-            writer.writerows(records)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, ["case", "label", *FIELDS])
+        writer.writeheader()
+        writer.writerows(records)
+        write_atomic(csv_file, text.getvalue().encode())
     if json_output:
         json.dump(records, sys.stdout, indent=2)
         print()
@@ -70,5 +83,19 @@ def evaluate(
         shown = [
             "-" if v is None else f"{v:.{d}f}" for v, d in zip(figures, (3, 1, 1), strict=True)
         ]
-        table.add_row(label, str(len(mine)), *shown)
+        table.add_row(Text(printable(label)), str(len(mine)), *shown)
     Console().print(table)
+
+
+def cases_of_site(folder: DataFolder, site: str | None) -> list[CaseRef]:
+    """Return the cases of one site, or all of them for None.
+
+    Raises:
+        SettingsError: No case names this site.
+    """
+    refs = [ref for ref in folder.cases if site in (None, ref.site)]
+    if not refs:
+        known = sorted({repr(ref.site) for ref in folder.cases})
+        msg = f"site: expected one of {', '.join(known)}, got {site!r}"
+        raise SettingsError(msg)
+    return refs

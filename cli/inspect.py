@@ -8,7 +8,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from dafne_federated.cli.printable import json_value, printable, printable_source
 from dafne_federated.core.approvals import Approvals
 from dafne_federated.core.model_file import (
     ModelFile,
@@ -36,28 +38,31 @@ def inspect(
     facts = describe(model)
     if json_output:
         text = {**facts, **({"sources": model.functions} if sources else {})}
-        print(json.dumps(text, indent=2, ensure_ascii=False))
+        print(json.dumps(text, indent=2))
         return
     console = Console()
-    table = Table(show_header=False, title=file.name, title_justify="left")
+    table = Table(show_header=False, title=_text(file.name), title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")
     for name in ("name", "model_id", "digest", "type", "dimensions", "version", "labels"):
         table.add_row(name.replace("_", " "), _text(facts[name]))
     table.add_row("weights", f"{facts['parameters']:,} values in {len(facts['weights'])} arrays")
     table.add_row("size", f"{facts['mib']:.1f} MiB")
-    table.add_row("functions", ", ".join(facts["functions"]))
+    table.add_row("functions", _text(", ".join(facts["functions"])))
     table.add_row("metadata", _text(facts["metadata"]))
-    table.add_row("can be adapted", "yes" if facts["adaptable"] else f"no: {facts['why_not']}")
+    adaptable = "yes" if facts["adaptable"] else f"no: {facts['why_not']}"
+    table.add_row("can be adapted", _text(adaptable))
     approved = "yes" if facts["approved"] else "no (dafne-federated approve FILE)"
     table.add_row("approved on this machine", approved)
     console.print(table)
     layers = Table("weight", "shape", "dtype", title="Weights", title_justify="left")
     for entry in facts["weights"]:
-        layers.add_row(entry["key"], str(tuple(entry["shape"])), entry["dtype"])
+        layers.add_row(_text(entry["key"]), str(tuple(entry["shape"])), entry["dtype"])
     console.print(layers)
     if sources:
         for name, source in model.functions.items():
-            console.rule(name)
-            console.print(source or "(none)", markup=False, highlight=False)
+            console.rule(_text(name))
+            console.print(Text(printable_source(source or "(none)")))
 
 
 def describe(model: ModelFile) -> dict[str, Any]:
@@ -66,7 +71,7 @@ def describe(model: ModelFile) -> dict[str, Any]:
     why_not = why_not_adaptable(model)
     stamp = datetime.fromtimestamp(model.timestamp_id, UTC)
     return {
-        "name": model.metadata.get("model_name", ""),
+        "name": json_value(model.metadata.get("model_name", "")),
         "model_id": model.model_id,
         "digest": model.digest,
         "content_digest": model.content_digest,
@@ -85,12 +90,12 @@ def describe(model: ModelFile) -> dict[str, Any]:
             for key, array in model.weights.items()
         ],
         "functions": [name for name, source in model.functions.items() if source],
-        "metadata": model.metadata,
+        "metadata": json_value(model.metadata),
         "adaptable": why_not is None,
         "why_not": why_not,
         "approved": Approvals().allows(model.digest),
     }
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def _text(value: Any) -> Text:
+    return Text(printable(value))

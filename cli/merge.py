@@ -1,17 +1,23 @@
 """`dafne-federated merge`: fold a run or a state file into its base."""
 
 import time
+import zipfile
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from dafne_federated.cli.output_file import check_output
 from dafne_federated.core.approvals import Approvals
 from dafne_federated.core.errors import SettingsError
-from dafne_federated.core.model_file import read_model, write_model
+from dafne_federated.core.model_file import ModelFile, read_model, write_model
+from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.core.state import load_state
-from dafne_federated.server.release import adapted_model
+from dafne_federated.core.versions import versions
+from dafne_federated.server.release import adapted_model, provenance
 
 
 def merge(
@@ -31,20 +37,23 @@ def merge(
 
     Example: dafne-federated merge runs/demo --round 3 -o Thigh_round3.model
     """
-    if output.exists():
-        msg = f"{output}: there is a file already; choose another name"
-        raise SettingsError(msg)
+    check_output(output)
+    told = None
     if source.is_dir():
         folder = RunFolder(source)
-        last = folder.rounds()[-1].round if number is None else number
-        path = source / "checkpoints" / f"round-{last:04d}.npz"
+        number = _trained_round(folder, number)
+        plan, state = folder.plan(), folder.state_after(number)
+        told = provenance(folder.info(), plan, folder.rounds(), number)
         base = base or folder.base
-    else:
-        path = source
-    if base is None:
-        msg = "expected --base FILE with a state file, got none"
+    elif not zipfile.is_zipfile(source):
+        msg = f"expected the folder of a run or a state file (.npz), got {str(source)!r}"
         raise SettingsError(msg)
-    plan, state = load_state(path)
+    elif base is None or number is not None:
+        got = "--round" if number is not None else "none"
+        msg = f"expected --base FILE and no other option with a state file, got {got}"
+        raise SettingsError(msg)
+    else:
+        plan, state = load_state(source)
     model = read_model(base)
     if model.digest != plan.base_digest:
         msg = (
@@ -52,8 +61,41 @@ def merge(
             f"got {model.digest[:16]}"
         )
         raise SettingsError(msg)
-    written = write_model(adapted_model(model, plan, state, int(time.time())), output)
     approvals = Approvals()
-    if approvals.allows(model.digest):
+    if approved := approvals.allows(model.digest):
+        check_output(approvals.path, replace=True)
+    merged = adapted_model(model, plan, state, int(time.time()))
+    told = told or _known_origin(model, plan)
+    merged = replace(merged, metadata={**merged.metadata, "federated": told})
+    written = write_model(merged, output)
+    if approved:
         approvals.add(written, f"merged here from the approved {model.digest[:16]}")
     print(f"{output}  {written.digest}")
+
+
+def _trained_round(folder: RunFolder, chosen: int | None) -> int:
+    """Return the chosen round, or the last one; the state of a run is that after training."""
+    folder.info()  # is it a run at all
+    trained = [line.round for line in folder.rounds() if line.trained]
+    if not trained:
+        msg = f"{folder.path}: expected a run with at least one finished round, got none"
+        raise SettingsError(msg)
+    if chosen is None:
+        return trained[-1]
+    if chosen not in trained:
+        msg = f"round: expected one of {trained[0]} to {trained[-1]}, got {chosen}"
+        raise SettingsError(msg)
+    return chosen
+
+
+def _known_origin(base: ModelFile, plan: AdaptationPlan) -> dict[str, Any]:
+    """Return how a model came about, as far as a state file says; see ``provenance``."""
+    return {
+        "base_sha256": plan.base_digest,
+        "base_name": str(base.metadata.get("model_name", "")),
+        "plan_sha256": plan.digest,
+        "method": plan.method,
+        "rank": plan.rank,
+        "software": versions(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }

@@ -1,14 +1,22 @@
 """`dafne-federated train`: a new Dafne model from scratch."""
 
 import time
+from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from dafne_federated.cli.evaluate import cases_of_site
+from dafne_federated.cli.output_file import check_output
 from dafne_federated.core.approvals import Approvals
 from dafne_federated.core.backend import prepare_backend
-from dafne_federated.core.errors import SettingsError
+from dafne_federated.core.dataset import DataFolder, load_case, open_folder, split_persons
+from dafne_federated.core.errors import DataError, SettingsError
+from dafne_federated.core.function_sources import check_grid, thigh_spec
+from dafne_federated.core.settings import read_settings
+from dafne_federated.simulations.progress import Advance, Stages, epoch_note
 
 
 def train(
@@ -37,37 +45,38 @@ def train(
 
     Example: dafne-federated train data/hippocampus -o Hippocampus.model --name Hippocampus
     """
-    prepare_backend(threads, device)
-    from dafne_federated.core.base_training import FitSettings, propose_spec, train_base
-    from dafne_federated.core.dataset import load_case, open_folder, split_persons
-    from dafne_federated.core.function_sources import thigh_spec
-    from dafne_federated.core.model_file import write_model
-    from dafne_federated.simulations.progress import Stages, epoch_note
-
-    if output.exists():
-        msg = f"{output}: there is a file already; choose another name"
-        raise SettingsError(msg)
+    chosen = read_settings(
+        None,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        threads=threads,
+        device=device,
+    )
+    check_grid(size, resolution)
     if preset not in ("small", "thigh"):
         msg = f"preset: expected 'small' or 'thigh', got {preset!r}"
         raise SettingsError(msg)
+    approvals = Approvals()
+    check_output(output)
+    check_output(approvals.path, replace=True)
     folder = open_folder(data)
-    refs = [ref for ref in folder.cases if site in (None, ref.site)]
+    labels = _labels(folder)
+    refs = cases_of_site(folder, site)
     parts = split_persons(refs, (4, 1), seed)
-    if not parts[0]:
-        msg = f"expected at least one person to train on, got none in {data}"
-        raise SettingsError(msg)
     training, validation = ([load_case(ref, folder.labels) for ref in part] for part in parts)
-    labels = list(folder.labels.values())
+    prepare_backend(chosen.threads, chosen.device)
+    from dafne_federated.core.base_training import FitSettings, propose_spec, train_base
+    from dafne_federated.core.model_file import write_model
+
     if preset == "thigh":
-        spec = thigh_spec().model_copy(update={"labels": tuple(labels), "sides": sides})
+        spec = thigh_spec(labels, sides)
     else:
         spec = propose_spec([*training, *validation], labels, size, resolution, sides=sides)
     settings = FitSettings(epochs, patience, batch_size, learning_rate, seed)
-    with (
-        Stages(quiet) as stages,
-        stages.stage("Preparing images", len(refs)) as prepared,
-        stages.stage("Training", epochs) as trained,
-    ):
+    with Stages(quiet) as stages, ExitStack() as started:
+        prepared = _bar(stages, started, "Preparing images", len(refs))
+        trained = _bar(stages, started, "Training", epochs)
         file, fit = train_base(
             spec,
             training,
@@ -79,10 +88,32 @@ def train(
             on_epoch=lambda _epoch, loss, dice: trained(epoch_note(loss, dice)),
         )
     written = write_model(file, output)
-    Approvals().add(written, "trained on this machine")
+    approvals.add(written, "trained on this machine")
     print(f"{output}  {written.digest}")
     if fit.best_dice is None:
         print(f"trained {len(fit.history)} epochs; one person leaves nobody to validate on")
     else:
         epochs_run = len(fit.history)
         print(f"validation Dice {fit.best_dice:.3f} in epoch {fit.best_epoch} of {epochs_run}")
+
+
+def _labels(folder: DataFolder) -> list[str]:
+    """Return the label names of a folder, channel 1 first; each must be there once."""
+    labels = list(folder.labels.values())
+    for label, count in Counter(labels).items():
+        if count > 1:
+            msg = f"labels: expected a name of its own for each number, got {label!r} {count} times"
+            raise DataError(msg)
+    return labels
+
+
+def _bar(stages: Stages, started: ExitStack, name: str, total: int) -> Advance:
+    """Return what advances a bar that shows from its first step on; an error before has none."""
+    shown: list[Advance] = []
+
+    def advance(note: str = "") -> None:
+        if not shown:
+            shown.append(started.enter_context(stages.stage(name, total)))
+        shown[0](note)
+
+    return advance

@@ -6,14 +6,14 @@ exceptions, paths and names never leave.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from dafne_federated.client.site import Site, dice_by_label
 from dafne_federated.client.site_settings import site_of
-from dafne_federated.core.errors import ApprovalError, MessageError, ModelFileError, StateError
+from dafne_federated.core.errors import ApprovalError, MessageError, StateError
 from dafne_federated.core.files import sha256
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.versions import software_version
@@ -30,7 +30,7 @@ from dafne_federated.core.wire_arrays import take_bytes, take_state
 log = logging.getLogger(__name__)
 
 LARGEST_BASE = 4 * 2**30  # bytes
-Answer = Callable[[str, str], RecordDict]
+FAILED = "the site could not do this; its own log says why"
 
 app = ClientApp()
 
@@ -38,21 +38,8 @@ app = ClientApp()
 @app.query("offer")
 def consider_offer(message: Message, context: Context) -> Message:
     """Say whether this site takes part and whether it has the base."""
-    site = Site(site_of(context))
 
-    def answer(status: str, reason: str = "") -> RecordDict:
-        return OfferReply.model_validate(
-            {
-                "software": software_version(),
-                "site": site.settings.name,
-                "status": status,
-                "reason": reason,
-                "training-cases": len(site.settings.training),
-                "validation-cases": len(site.settings.validation),
-            }
-        ).to_record()
-
-    def act() -> RecordDict:
+    def act(site: Site) -> RecordDict:
         offer = Offer.from_record(message.content)
         if offer.software != software_version():
             msg = f"this site runs version {software_version()}, the server {offer.software}"
@@ -61,73 +48,66 @@ def consider_offer(message: Message, context: Context) -> Message:
         if plan.base_digest != offer.base_digest:
             msg = "the plan belongs to another base than the one offered"
             raise MessageError(msg)
-        site.consider(plan)
-        return answer("have" if site.cache.has_base(plan.base_digest) else "need")
+        site.consider(offer.run, plan)
+        settings = site.settings
+        return _offer_reply(
+            site,
+            "have" if site.cache.has_base(plan.base_digest) else "need",
+            training_cases=len(settings.training),
+            validation_cases=len(settings.validation),
+        )
 
-    return Message(_guarded(act, answer), reply_to=message)
+    return _answer(message, context, act, _offer_reply)
 
 
 @app.train("base")
 def store_base(message: Message, context: Context) -> Message:
     """Check and keep the bytes of the base; nothing of it is executed here."""
-    site = Site(site_of(context))
 
-    def answer(status: str, reason: str = "") -> RecordDict:
-        fields = {"site": site.settings.name, "status": status, "reason": reason}
-        return BaseReply.model_validate(fields).to_record()
-
-    def act() -> RecordDict:
+    def act(site: Site) -> RecordDict:
         request = BaseModelBytes.from_record(message.content)
-        if not site.approvals.allows(request.base_digest):
-            msg = f"base model {request.base_digest[:16]} is not approved at this site"
-            raise ApprovalError(msg)
+        site.require_consent(request.base_digest)
         data = take_bytes(message.content, "base", LARGEST_BASE)
         if (digest := sha256(data)) != request.base_digest:
             msg = f"base model: expected digest {request.base_digest[:16]}, got {digest[:16]}"
             raise MessageError(msg)
         site.cache.keep_base(data)
-        return answer("stored")
+        return _base_reply(site, "stored")
 
-    return Message(_guarded(act, answer), reply_to=message)
+    return _answer(message, context, act, _base_reply)
 
 
 @app.train("round")
-@app.evaluate("state")
-def run_round(message: Message, context: Context) -> Message:
+def train_round(message: Message, context: Context) -> Message:
     """Evaluate the state that came, train from it, and send the new one."""
-    site = Site(site_of(context))
-    request = RoundRequest.from_record(message.content)
+    return _round(message, context, train=True)
 
-    def reply(status: str, reason: str, **fields: object) -> RoundReply:
-        return RoundReply.model_validate(
-            {
-                "run": request.run,
-                "round": request.round,
-                "site": site.settings.name,
-                "base-digest": request.base_digest,
-                "plan-digest": request.plan_digest,
-                "status": status,
-                "reason": reason,
-                **fields,
-            }
-        )
 
-    def answer(status: str, reason: str = "") -> RecordDict:
-        return reply(status, reason).to_record()
+@app.evaluate("state")
+def evaluate_state(message: Message, context: Context) -> Message:
+    """Evaluate the state that came."""
+    return _round(message, context, train=False)
 
-    def act() -> RecordDict:
-        plan = site.known_plan(request.plan_digest)
+
+def _round(message: Message, context: Context, train: bool) -> Message:
+    def respond(site: Site, status: str, reason: str = "", **fields: object) -> RecordDict:
+        request = RoundRequest.from_record(message.content)
+        return _round_reply(request, site, status, reason, fields).to_record()
+
+    def act(site: Site) -> RecordDict:
+        request = RoundRequest.from_record(message.content)
+        plan = site.agreed_plan(request.run, request.plan_digest, request.base_digest)
         state = take_state(message.content, plan)
         begun = time.monotonic()
         dice, counts = dice_by_label(plan, site.evaluate(plan, state))
         fields: dict[str, object] = {
             "dice": dice,
-            "dice-cases": counts,
-            "evaluation-seconds": time.monotonic() - begun,
+            "dice_cases": counts,
+            "evaluation_seconds": time.monotonic() - begun,
             "device": site.device().name,
         }
-        if request.epochs == 0:
-            return reply("ok", "", **fields).to_record()
+        if not train:
+            return _round_reply(request, site, "ok", "", fields).to_record()
         state, result, slices = site.train(
             plan,
             state,
@@ -138,26 +118,80 @@ def run_round(message: Message, context: Context) -> Message:
             request.round,
         )
         fields |= {
-            "training-cases": len(site.settings.training),
-            "training-slices": slices,
+            "training_cases": len(site.settings.training),
+            "training_slices": slices,
             "loss": result.loss,
             "seconds": result.seconds,
         }
-        return reply("ok", "", **fields).to_record(state)
+        return _round_reply(request, site, "ok", "", fields).to_record(state)
 
-    return Message(_guarded(act, answer), reply_to=message)
+    return _answer(message, context, act, respond)
 
 
-def _guarded(act: Callable[[], RecordDict], answer: Answer) -> RecordDict:
-    """Run ``act``; turn what goes wrong into an answer that gives nothing away."""
+def _answer(
+    message: Message,
+    context: Context,
+    act: Callable[[Site], RecordDict],
+    respond: Callable[[Site, str, str], RecordDict],
+) -> Message:
+    """Let the site act; turn whatever goes wrong into an answer that gives nothing away.
+
+    Where not even the site's own settings or the message can be read, the answer is empty.
+    """
+    content = RecordDict({})
     try:
-        return act()
+        site = Site(site_of(context))
+        content = respond(site, "failed", FAILED)
+        content = act(site)
     except (ApprovalError, MessageError, StateError) as error:  # our own words, no names in them
         log.warning("refused: %s", error)
-        return answer("refused", str(error)[:500])
-    except ModelFileError:
-        log.exception("the base model cannot be used")
-        return answer("failed", "the base model cannot be used at this site; its log says why")
+        content = respond(site, "refused", _plain(str(error))) if content else content
     except Exception:  # nothing of it may leave the site
         log.exception("the site failed")
-        return answer("failed", "the site could not do this; its own log says why")
+    return Message(content, reply_to=message)
+
+
+def _offer_reply(
+    site: Site,
+    status: str,
+    reason: str = "",
+    training_cases: int = 0,
+    validation_cases: int = 0,
+) -> RecordDict:
+    return OfferReply.model_validate(
+        {
+            "software": software_version(),
+            "site": site.settings.name,
+            "status": status,
+            "reason": reason,
+            "training_cases": training_cases,
+            "validation_cases": validation_cases,
+        }
+    ).to_record()
+
+
+def _base_reply(site: Site, status: str, reason: str = "") -> RecordDict:
+    fields = {"site": site.settings.name, "status": status, "reason": reason}
+    return BaseReply.model_validate(fields).to_record()
+
+
+def _round_reply(
+    request: RoundRequest, site: Site, status: str, reason: str, fields: Mapping[str, object]
+) -> RoundReply:
+    return RoundReply.model_validate(
+        {
+            "run": request.run,
+            "round": request.round,
+            "site": site.settings.name,
+            "base_digest": request.base_digest,
+            "plan_digest": request.plan_digest,
+            "status": status,
+            "reason": reason,
+            **fields,
+        }
+    )
+
+
+def _plain(text: str) -> str:
+    """Return text without anything but printable characters, at most 500 of them."""
+    return "".join(c if c.isprintable() else "?" for c in text)[:500]

@@ -18,8 +18,8 @@ from dafne_federated.core.backend import Device, prepare_backend, set_seed
 from dafne_federated.core.dataset import CaseRef, load_case, open_folder
 from dafne_federated.core.errors import ApprovalError, DataError, MessageError
 from dafne_federated.core.evaluation import evaluate_case
-from dafne_federated.core.metrics import Agreement, mean
-from dafne_federated.core.model_runtime import RunningModel
+from dafne_federated.core.metrics import Agreement, judged, mean
+from dafne_federated.core.model_runtime import Loss, RunningModel
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.preprocessing import BiasFieldCache
 from dafne_federated.core.slices import PreparedSlices, concatenate
@@ -64,30 +64,43 @@ class Site:
         self.cache = SiteCache(settings.cache)
         self.approvals = Approvals(settings.approvals)
 
-    def consider(self, plan: AdaptationPlan) -> None:
-        """Decide whether this site takes part, and remember the plan.
+    def consider(self, run: str, plan: AdaptationPlan) -> None:
+        """Decide whether this site takes part in a run, and remember its plan.
 
         Raises:
             ApprovalError: The base is not approved here, or there are too few cases.
         """
-        if not self.approvals.allows(plan.base_digest):
-            msg = f"base model {plan.base_digest[:16]} is not approved at this site"
+        self.require_consent(plan.base_digest)
+        self.cache.keep_plan(run, plan)
+
+    def require_consent(self, base_digest: str) -> None:
+        """Refuse what this site's people did not agree to; asked again with every message.
+
+        Raises:
+            ApprovalError: The base is not approved here, or there are too few cases.
+        """
+        if not self.approvals.allows(base_digest):
+            msg = f"base model {base_digest[:16]} is not approved at this site"
             raise ApprovalError(msg)
         if len(self.settings.training) < self.settings.min_cases:
             msg = f"this site takes part with at least {self.settings.min_cases} training cases"
             raise ApprovalError(msg)
-        self.cache.keep_plan(plan)
 
-    def known_plan(self, digest: str) -> AdaptationPlan:
-        """Return the plan that this site agreed to.
+    def agreed_plan(self, run: str, digest: str, base_digest: str) -> AdaptationPlan:
+        """Return the plan that this site agreed to for a run.
 
         Raises:
-            MessageError: It never did.
+            MessageError: It never did, or the message names another base than the plan.
+            ApprovalError: The site does not agree any more.
         """
-        plan = self.cache.plan(digest)
+        plan = self.cache.plan(run, digest)
         if plan is None:
-            msg = f"plan {digest[:16]} was never offered to this site"
+            msg = f"plan {digest[:16]} was never offered to this site in this run"
             raise MessageError(msg)
+        if plan.base_digest != base_digest:
+            msg = f"the plan belongs to base {plan.base_digest[:16]}, not to {base_digest[:16]}"
+            raise MessageError(msg)
+        self.require_consent(base_digest)
         return plan
 
     def evaluate(self, plan: AdaptationPlan, state: State) -> list[Agreement]:
@@ -139,12 +152,7 @@ class Site:
         engine = self.engine(plan, state_rank(plan, state))
         slices = self._slices(engine)
         if engine.training is None:
-            if engine.model.loss is None:  # slices came from disk: capture the loss once
-                engine.model.prepare(next(self._cases(self.settings.training)))
-            if engine.model.loss is None:
-                msg = "no slice of the first training case can be trained on"
-                raise DataError(msg)
-            engine.training = AdapterTraining(engine.adapted, engine.model.loss)
+            engine.training = AdapterTraining(engine.adapted, self._loss(engine))
         engine.adapted.write(state)
         order = zlib.crc32(f"{seed}/{self.settings.name}/{number}".encode())
         set_seed(seed, self.settings.name, number)
@@ -174,11 +182,19 @@ class Site:
 
     def bias_fields(self) -> BiasFieldCache:
         """Return the site's kept bias fields."""
-        key = str(self.cache.bias_fields)
-        return _KEPT.bias_fields.setdefault(key, BiasFieldCache(self.cache.bias_fields))
+        folder = self.settings.bias_fields or self.settings.cache / "bias-fields"
+        return _KEPT.bias_fields.setdefault(str(folder), BiasFieldCache(folder))
+
+    def _loss(self, engine: Engine) -> Loss:
+        """Return the base's loss; where all slices came from disk it is still to be captured."""
+        cases = self._cases(self.settings.training)
+        while engine.model.loss is None:
+            engine.model.prepare(next(cases), self.settings.classification, self.bias_fields())
+        return engine.model.loss
 
     def _slices(self, engine: Engine) -> PreparedSlices:
-        key = (str(self.settings.cache), engine.model.file.digest)
+        names = "/".join(self.settings.training)
+        key = (f"{self.settings.cache}/{names}", engine.model.file.digest)
         if key not in _KEPT.slices:
             cases = self._cases(self.settings.training)
             parts = [part for case in cases if (part := self._prepared(engine, case))]
@@ -211,8 +227,9 @@ class Site:
 def dice_by_label(plan: AdaptationPlan, rows: list[Agreement]) -> tuple[list[float], list[int]]:
     """Return mean Dice and number of measured cases for each label of the plan."""
     values, counts = [], []
+    kept = judged(rows)
     for label in plan.labels:
-        known = [row.dice for row in rows if row.label == label and row.dice is not None]
+        known = [row.dice for row in kept if row.label == label]
         values.append(float(np.clip(mean(known) or 0.0, 0.0, 1.0)))
         counts.append(len(known))
     return values, counts

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from dafne_federated.core.errors import ModelFileError
-from dafne_federated.core.files import arrays_digest, sha256, write_atomic
+from dafne_federated.core.files import arrays_digest, private_folder, sha256, write_atomic
 from dafne_federated.core.model_file import ModelFile, parse_model
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.slices import PreparedSlices
@@ -21,12 +21,7 @@ class SiteCache:
     """Files by digest; anything missing or damaged is simply not there."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    @property
-    def bias_fields(self) -> Path:
-        """Folder for bias fields."""
-        return self.folder / "bias-fields"
+        self.folder = private_folder(folder)  # it holds images of patients
 
     def has_base(self, digest: str) -> bool:
         """Return whether the base with this digest is here, whole."""
@@ -48,14 +43,14 @@ class SiteCache:
         """Keep the bytes of a base under their digest."""
         write_atomic(self._base(sha256(data)), data)
 
-    def keep_plan(self, plan: AdaptationPlan) -> None:
-        """Keep a plan under its digest."""
-        write_atomic(self._plan(plan.digest), plan.to_json().encode())
+    def keep_plan(self, run: str, plan: AdaptationPlan) -> None:
+        """Keep the plan that was agreed to for a run."""
+        write_atomic(self._plan(run, plan.digest), plan.to_json().encode())
 
-    def plan(self, digest: str) -> AdaptationPlan | None:
-        """Return the plan with this digest, or None."""
+    def plan(self, run: str, digest: str) -> AdaptationPlan | None:
+        """Return the plan with this digest that was agreed to for a run, or None."""
         try:
-            plan = AdaptationPlan.from_json(self._plan(digest).read_text(encoding="utf-8"))
+            plan = AdaptationPlan.from_json(self._plan(run, digest).read_text(encoding="utf-8"))
         except OSError:
             return None
         return plan if plan.digest == digest else None
@@ -95,8 +90,8 @@ class SiteCache:
     def _base(self, digest: str) -> Path:
         return self.folder / "bases" / f"{digest}.model"
 
-    def _plan(self, digest: str) -> Path:
-        return self.folder / "plans" / f"{digest}.json"
+    def _plan(self, run: str, digest: str) -> Path:
+        return self.folder / "plans" / f"{run}-{digest}.json"
 
     def _slices(self, key: str) -> Path:
         return self.folder / "slices" / f"{key}.npz"

@@ -19,6 +19,8 @@ class SiteSettings(BaseModel):
         training: Names of the cases to train on.
         validation: Names of the cases to evaluate on; persons that it does not train on.
         cache: Folder for base models and prepared slices.
+        bias_fields: Folder for bias fields, which depend on images alone; by default within
+            ``cache``.
         approvals: The list of models that may run here.
         classification: Class as Dafne names it, e.g. ``Thigh, Left``; empty for most models.
         min_cases: The site takes part only with at least so many training cases.
@@ -34,6 +36,7 @@ class SiteSettings(BaseModel):
     training: tuple[str, ...]
     validation: tuple[str, ...]
     cache: Path
+    bias_fields: Path | None = None
     approvals: Path
     classification: str = ""
     min_cases: int = Field(default=1, ge=1)

@@ -1,9 +1,10 @@
 """Adapters on a Keras network: attach a plan, read and write its state, run it.
 
-Each planned layer computes with its frozen weight plus the planned change. For a low-rank
-pair the forward pass uses one kernel, ``W + scale * a b``, exactly as the folded model will;
-the gradient of ``a`` and ``b`` comes from a small side path whose value is cancelled, so the
-gradient of the full kernel is never formed:
+Each planned layer runs its own code with its frozen weights plus the planned changes, so
+layers of any kind can be trained whole or scaled. For a low-rank pair the forward pass uses
+one kernel, ``W + scale * a b``, exactly as the folded model will; the gradient of ``a`` and
+``b`` comes from a small side path whose value is cancelled, so the gradient of the full kernel
+is never formed:
 
     y = conv(x, stop(W + s a b)) + L(stop(x)) - stop(L(stop(x))),   L(x) = s conv(conv(x, a), b)
 
@@ -11,6 +12,7 @@ The gradient towards ``x`` passes through the merged kernel, which is that of th
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import keras
@@ -19,19 +21,18 @@ import numpy.typing as npt
 from keras import ops
 
 from dafne_federated.core.errors import AdapterError
+from dafne_federated.core.low_rank_layers import low_rank_call
 from dafne_federated.core.network_layers import (
     Tensor,
-    convolve,
     finish,
     leaf_layers,
-    normalise,
     roles,
 )
 from dafne_federated.core.plan import AdaptationPlan, Target
 from dafne_federated.core.state import State, check_state, state_rank
 
-# Probabilities below this are raised to it before the loss: the logarithm stays finite, and
-# softmax gradients stay right down to here.
+# Added to each probability before the loss: the logarithm of zero stays finite, and float32
+# has no digits left to show it on anything above 1e-22.
 TINY = 1e-30
 
 
@@ -52,9 +53,10 @@ class AdaptedNetwork:
         self.plan = plan
         self.rank = rank or plan.rank
         self.network = network
-        network.trainable = False
+        network.trainable = True  # what training may change is now told from statistics
         self.trained = _Trained(network, plan.state_shapes(self.rank))
         self._attach()
+        network.trainable = False
         network.predict_function = None  # one traced before would go on without the changes
         trained = {id(variable) for variable in self.trained.trainable_variables}
         if trained != {id(variable) for variable in self.trained.changes.values()}:
@@ -70,7 +72,7 @@ class AdaptedNetwork:
         """
         check_state(self.plan, state)
         rank = state_rank(self.plan, state)
-        if rank != self.rank and any(target.kind != "delta" for target in self.plan.targets):
+        if rank != self.rank and any(target.low_rank for target in self.plan.targets):
             msg = f"this network was prepared for rank {self.rank}, got a state of rank {rank}"
             raise AdapterError(msg)
         for key, variable in self.trained.changes.items():
@@ -110,35 +112,30 @@ class AdaptedNetwork:
         self, layer: keras.layers.Layer, planned: dict[str, Target]
     ) -> Callable[..., Tensor]:
         changes, scale, frozen = self.trained.changes, self.plan.scale, roles(layer)
+        own_call = partial(type(layer).call, layer)  # never one that an earlier plan left here
 
         def weights() -> dict[str, Tensor]:
             values = {role: ops.convert_to_tensor(v) for role, v in frozen.items()}
             for role, target in planned.items():
                 if target.kind == "delta":
                     values[role] = values[role] + changes[f"{target.key}/delta"]
+                elif not target.low_rank:
+                    values[role] = values[role] * (1 + changes[f"{target.key}/scale"])
             return values
 
-        def call_norm(inputs: Tensor, **_options: Any) -> Tensor:
-            return normalise(layer, inputs, weights())
-
-        def call_whole(inputs: Tensor, **_options: Any) -> Tensor:
-            now = weights()
-            return finish(layer, convolve(layer, inputs, now["kernel"]), now)
+        def call_whole(*inputs: Tensor, **options: Any) -> Tensor:
+            now = [(frozen[role], value) for role, value in weights().items()]
+            with keras.StatelessScope(now, initialize_variables=False):
+                return own_call(*inputs, **options)
 
         def call_low_rank(inputs: Tensor, **_options: Any) -> Tensor:
             now, target = weights(), planned["kernel"]
             a = ops.convert_to_tensor(changes[f"{target.key}/a"])
             b = ops.convert_to_tensor(changes[f"{target.key}/b"])
-            merged = now["kernel"] + scale * _kernel_update(target, a, b)
-            outputs = convolve(layer, inputs, ops.stop_gradient(merged))
-            side = scale * _side_path(layer, target, ops.stop_gradient(inputs), a, b)
-            return finish(layer, outputs + (side - ops.stop_gradient(side)), now)
+            outputs = low_rank_call(layer, target, inputs, now["kernel"], scale * a, b)
+            return finish(layer, outputs, now)
 
-        if "gamma" in planned or "beta" in planned:
-            return call_norm
-        if "kernel" in planned and planned["kernel"].kind != "delta":
-            return call_low_rank
-        return call_whole
+        return call_low_rank if any(t.low_rank for t in planned.values()) else call_whole
 
 
 class _Trained(keras.Model):  # type: ignore[misc]
@@ -149,30 +146,17 @@ class _Trained(keras.Model):  # type: ignore[misc]
         self.network = network
         self.changes = {
             key: self.add_weight(
-                shape=shape, initializer="zeros", dtype="float32", name=key.replace("/", ".")
+                shape=shape, initializer="zeros", dtype="float32", name=key.replace("/", "_")
             )
             for key, shape in shapes.items()
         }
         self.built = True
 
     def call(self, inputs: Tensor, training: bool = False) -> Tensor:
-        outputs = self.network(inputs, training=False)
-        probabilities = ops.maximum(outputs[..., :-1], TINY)
-        return ops.concatenate([probabilities, outputs[..., -1:]], axis=-1)
+        return positive(self.network(inputs, training=False))
 
 
-def _kernel_update(target: Target, a: Tensor, b: Tensor) -> Tensor:
-    rank = a.shape[-1]
-    product = ops.matmul(ops.reshape(a, (-1, rank)), ops.reshape(b, (rank, -1)))
-    if target.kind == "conv-transpose":
-        *window, cout, cin = target.shape
-        return ops.moveaxis(ops.reshape(product, (cin, *window, cout)), 0, -1)
-    return ops.reshape(product, target.shape)
-
-
-def _side_path(
-    layer: keras.layers.Layer, target: Target, inputs: Tensor, a: Tensor, b: Tensor
-) -> Tensor:
-    if target.kind == "conv-transpose":
-        return convolve(layer, ops.matmul(inputs, a), ops.moveaxis(b, 0, -1))
-    return ops.matmul(convolve(layer, inputs, a), b)
+def positive(outputs: Tensor) -> Tensor:
+    """Return a network's output with no probability of zero; the weight map stays."""
+    channels = outputs.shape[-1]
+    return outputs + ops.convert_to_tensor(np.array([TINY] * (channels - 1) + [0], np.float32))

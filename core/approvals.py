@@ -7,7 +7,7 @@ from pathlib import Path
 
 import platformdirs
 
-from dafne_federated.core.errors import ApprovalError
+from dafne_federated.core.errors import ApprovalError, SettingsError
 from dafne_federated.core.files import write_atomic
 from dafne_federated.core.model_file import ModelFile
 
@@ -29,7 +29,7 @@ class Approvals:
         """Return what is known of each approved model, by digest.
 
         Raises:
-            ApprovalError: The file is not the JSON that this class writes.
+            SettingsError: The file is not the JSON that this class writes.
         """
         if not self.path.exists():
             return {}
@@ -37,10 +37,10 @@ class Approvals:
             entries = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             msg = f"{self.path}: the list of approved models cannot be read: {error}"
-            raise ApprovalError(msg) from None
+            raise SettingsError(msg) from None
         if not isinstance(entries, dict):
             msg = f"{self.path}: expected a JSON object of approved models"
-            raise ApprovalError(msg)
+            raise SettingsError(msg)
         return entries
 
     def allows(self, digest: str) -> bool:

@@ -14,7 +14,7 @@ from dafne_federated.core.approvals import Approvals
 from dafne_federated.core.backend import set_seed
 from dafne_federated.core.errors import DataError
 from dafne_federated.core.files import arrays_digest
-from dafne_federated.core.function_sources import NetworkSpec
+from dafne_federated.core.function_sources import LARGEST, SMALLEST, NetworkSpec, check_grid
 from dafne_federated.core.model_file import ModelFile, keras_weights
 from dafne_federated.core.model_runtime import RunningModel, build_model
 from dafne_federated.core.preprocessing import BiasFieldCache
@@ -69,8 +69,10 @@ def propose_spec(
         sides: Whether left sides are mirrored; see ``NetworkSpec``.
 
     Raises:
-        DataError: There are no cases.
+        DataError: There are no cases, or their field of view needs too many pixels.
+        SettingsError: ``size`` or ``resolution`` is out of range.
     """
+    check_grid(size, resolution)
     spacings, extents = [], []
     for case in cases:
         spacings.append(case.spacing[:2])
@@ -78,15 +80,20 @@ def propose_spec(
     if not spacings:
         msg = "there are no cases to train on"
         raise DataError(msg)
-    pixel = resolution or float(np.median(spacings))
+    pixel = float(np.median(spacings)) if resolution is None else resolution
     if size is None:
         if resolution is None:
             pixel = max(pixel, max(extents) / _LARGEST)
         size = math.ceil(max(extents) / pixel - 1e-6)
     step = math.prod(strides)
+    size = max(math.ceil(size / step) * step, SMALLEST)
+    if size > LARGEST:
+        got = f"{size} for a field of view of {max(extents):.0f} mm at {pixel:g} mm"
+        msg = f"expected an input of at most {LARGEST} pixels, got {got}; take larger pixels"
+        raise DataError(msg)
     return NetworkSpec(
         labels=tuple(labels),
-        size=max(math.ceil(size / step) * step, 16),
+        size=size,
         resolution=(round(pixel, 4), round(pixel, 4)),
         filters=tuple(filters),
         strides=tuple(strides),

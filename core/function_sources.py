@@ -2,13 +2,20 @@
 
 import ast
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dafne_federated.core import dafne_functions
-from dafne_federated.core.errors import ModelFileError
+from dafne_federated.core.errors import ModelFileError, SettingsError
+
+SMALLEST: Final = 16  # rows and columns of a network's input
+LARGEST: Final = 1024
+COARSEST: Final = 100.0  # mm; a pixel as large as a limb
+
+
+PixelSize = Annotated[float, Field(gt=0, le=COARSEST)]
 
 
 class NetworkSpec(BaseModel):
@@ -25,11 +32,11 @@ class NetworkSpec(BaseModel):
         sides: Whether the model is trained on right sides and mirrors left ones.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     labels: tuple[str, ...] = Field(min_length=1, max_length=254)
-    size: int = Field(ge=16, le=1024)
-    resolution: tuple[float, float]
+    size: int = Field(ge=SMALLEST, le=LARGEST)
+    resolution: tuple[PixelSize, PixelSize]
     filters: tuple[int, ...] = Field(default=(16, 32, 64, 128), min_length=2)
     strides: tuple[int, ...] = Field(default=(2, 2, 2), min_length=1)
     bias_levels: int = Field(default=4, ge=1, le=8)
@@ -67,8 +74,26 @@ class NetworkSpec(BaseModel):
         }
 
 
-def thigh_spec() -> NetworkSpec:
+def check_grid(size: int | None, resolution: float | None) -> None:
+    """Check the rows and columns (pixels) and the pixel size (mm) that somebody asked for.
+
+    Raises:
+        SettingsError: One of them is out of range.
+    """
+    if size is not None and not SMALLEST <= size <= LARGEST:
+        msg = f"size: expected {SMALLEST} to {LARGEST} pixels, got {size}"
+        raise SettingsError(msg)
+    if resolution is not None and not 0 < resolution <= COARSEST:
+        msg = f"resolution: expected more than 0 and at most {COARSEST:g} mm, got {resolution}"
+        raise SettingsError(msg)
+
+
+def thigh_spec(labels: Sequence[str] | None = None, sides: bool = False) -> NetworkSpec:
     """Return the geometry of Dafne's thigh network: 250 x 250, 12 labels, 26.6 M parameters.
+
+    Args:
+        labels: Other label names, channel 1 first.
+        sides: Whether left sides are mirrored; see ``NetworkSpec``.
 
     Source:
         ``generate_thigh_split_model.py`` of the dafne-models repository (sizes, filters,
@@ -80,12 +105,13 @@ def thigh_spec() -> NetworkSpec:
         *("Biceps Femoris Long", "Biceps Femoris Short", "Adductor Longus"),
     )
     return NetworkSpec(
-        labels=muscles,
+        labels=muscles if labels is None else tuple(labels),
         size=250,
         resolution=(1.037037, 1.037037),
         filters=(32, 64, 128, 256, 512, 1024),
         strides=(2, 2, 2, 2, 3),
         bias_levels=8,
+        sides=sides,
     )
 
 

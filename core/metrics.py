@@ -100,6 +100,16 @@ def agreement(
     return rows
 
 
+def judged(rows: Sequence[Agreement]) -> list[Agreement]:
+    """Return the rows whose truth holds the label: only over these is a Dice averaged.
+
+    Where it does not, a model can only be right (nothing drawn) or wrong (anything drawn), and
+    a 0 for a single stray pixel would drown what is measured elsewhere; such cases are counted
+    and shown apart.
+    """
+    return [row for row in rows if row.volume_error is not None]
+
+
 def mean(values: Sequence[float | None]) -> float | None:
     """Return the mean of the values that exist, or None if there are none."""
     known = [value for value in values if value is not None]
@@ -107,6 +117,7 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 
 def mean_dice(rows: Sequence[Agreement]) -> float | None:
-    """Return the mean over labels of the mean over cases: every label counts the same."""
-    labels = sorted({row.label for row in rows})
-    return mean([mean([row.dice for row in rows if row.label == label]) for label in labels])
+    """Return the mean over labels of the mean over judged cases: every label counts the same."""
+    kept = judged(rows)
+    labels = sorted({row.label for row in kept})
+    return mean([mean([row.dice for row in kept if row.label == label]) for label in labels])

@@ -6,10 +6,11 @@ import importlib.util
 import json
 import math
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +21,14 @@ from dafne_federated.core.restricted_pickle import read_pickle
 
 Weights = dict[str, npt.NDArray[np.generic]]
 Kind = Literal["keras", "torch", "ensemble", "none"]
+Plain = TypeVar("Plain", int, str, bool)
 
 # Metadata that a Dafne provider adds while a model is in use; never part of a file.
 # Source: dafne_dl RemoteModelProvider.load_model.
 _TRANSIENT = ("hash", "hashes", "timestamps")
+
+_LATEST = 253_370_764_800  # 9999-01-01, in seconds since 1970; dates end with that year
+_UNREADABLE = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class ModelFile:
         type: Dafne class that runs the model, e.g. ``DynamicDLModel`` (Keras).
         dimensionality: 2 (one slice at a time) or 3.
         is_delta: Whether the weights are a difference to another version.
-        metadata: JSON values that Dafne shows and keeps.
+        metadata: What Dafne shows and keeps; JSON values in every file that is written here.
         functions: Function sources by their key in the file; None where there is none.
         kind: How the weights are kept: a Keras list, a torch dictionary, a list of those.
         weights: Arrays by weight key: the four-digit position in ``get_weights()`` order for
@@ -105,31 +110,36 @@ def parse_model(data: bytes) -> ModelFile:
     if not isinstance(content, dict) or "model_id" not in content:
         msg = f"expected a dictionary with a 'model_id', got {type(content).__name__}"
         raise ModelFileError(msg)
-    functions = {k: v for k, v in content.items() if "_function" in k}
+    functions = {k: v for k, v in content.items() if isinstance(k, str) and "_function" in k}
     for key, source in functions.items():
         if source is not None and not isinstance(source, str):
             msg = f"{key}: expected the source text of a function, got {type(source).__name__}"
             raise ModelFileError(msg)
     kind, weights = _weights(content.get("weights"))
-    dimensionality, timestamp = content.get("data_dimensionality", 2), content.get("timestamp_id")
     if not isinstance(content["model_id"], str):
         msg = (
             f"model_id: expected a text, got {getattr(content['model_id'], 'text', None)!r} "
             f"(a file of Dafne's own trainer carries no identity; give it one first)"
         )
         raise ModelFileError(msg)
-    if not isinstance(timestamp, int) or dimensionality not in (2, 3):
-        got = f"{timestamp!r} and {dimensionality!r}"
-        msg = f"expected a whole timestamp_id and 2 or 3 data dimensions, got {got}"
+    timestamp = content.get("timestamp_id")
+    if type(timestamp) is not int or not 0 <= timestamp < _LATEST:
+        got = timestamp if isinstance(timestamp, (int, float, str)) else type(timestamp).__name__
+        msg = f"expected a whole timestamp_id, seconds from 1970 to the year 9998, got {got!r:.80}"
         raise ModelFileError(msg)
+    dimensionality = _value(content, "data_dimensionality", int, 2)
+    if dimensionality not in (2, 3):
+        msg = f"data_dimensionality: expected 2 or 3, got {dimensionality}"
+        raise ModelFileError(msg)
+    metadata = content.get("metadata") or {}
     return ModelFile(
         digest=sha256(data),
         model_id=content["model_id"],
         timestamp_id=timestamp,
-        type=str(content.get("type", "DynamicDLModel")),
+        type=_value(content, "type", str, "DynamicDLModel"),
         dimensionality=dimensionality,
-        is_delta=bool(content.get("is_delta", False)),
-        metadata=dict(content.get("metadata") or {}),
+        is_delta=_value(content, "is_delta", bool, False),
+        metadata=dict(metadata) if isinstance(metadata, dict) else {"metadata": metadata},
         functions=functions,
         kind=kind,
         weights=weights,
@@ -162,16 +172,10 @@ def serialise_model(model: ModelFile) -> bytes:
                 f"weight {key!r} has {int((~np.isfinite(array)).sum())} values that are not finite"
             )
             raise ModelFileError(msg)
-    metadata = {
-        key: value
-        for key, value in model.metadata.items()
-        if key not in _TRANSIENT and not key.startswith("latest_")
-    }
-    try:
-        json.dumps(metadata, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        msg = f"metadata is not JSON: {error}"
-        raise ModelFileError(msg) from None
+    metadata = _kept(model.metadata)
+    if reason := _not_json(metadata):
+        msg = f"metadata is not JSON: {reason}"
+        raise ModelFileError(msg)
     content = {
         "model_id": model.model_id,
         "weights": [np.ascontiguousarray(model.weights[key]) for key in sorted(model.weights)],
@@ -204,30 +208,44 @@ def why_not_adaptable(model: ModelFile) -> str | None:
     for key, array in model.weights.items():
         if not np.isfinite(array).all():
             return f"weight {key!r} has values that are not finite"
+    if reason := _not_json(_kept(model.metadata)):
+        return f"it could not be written again, its metadata is not JSON: {reason}"
     return None
 
 
 def function_constants(source: str | None) -> dict[str, Any]:
     """Return the literal constants that a function assigns at its top, such as ``LABELS_DICT``.
 
-    The source is parsed, never executed; names whose value is not a literal are left out.
+    The source is parsed, never executed. ``np.array`` of a literal counts as that literal;
+    names with any other value are left out, and so is all of a source that is not Python.
     """
-    if source is None:
-        return {}
-    try:
-        (function,) = (n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef))
-    except (SyntaxError, ValueError):
-        return {}
-    return _literals(function)
+    functions = [node for node in _parsed(source).body if isinstance(node, ast.FunctionDef)]
+    return _literals(functions[0]) if len(functions) == 1 else {}
+
+
+def _parsed(source: str | None) -> ast.Module:
+    """Return the syntax of a source; of a source that is not Python, that of nothing."""
+    with warnings.catch_warnings(), contextlib.suppress(*_UNREADABLE):
+        warnings.simplefilter("ignore")  # they would show lines of the source
+        return ast.parse(source or "")
+    return ast.Module(body=[], type_ignores=[])
 
 
 def _literals(scope: ast.FunctionDef | ast.Module) -> dict[str, Any]:
     constants = {}
     for node in scope.body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            with contextlib.suppress(ValueError):
-                constants[node.targets[0].id] = ast.literal_eval(node.value)
+            with contextlib.suppress(*_UNREADABLE):
+                constants[node.targets[0].id] = ast.literal_eval(_inside_array(node.value))
     return constants
+
+
+def _inside_array(value: ast.expr) -> ast.expr:
+    """Return ``[1, 2]`` for ``np.array([1, 2])``, as Dafne's own models write their sizes."""
+    if not isinstance(value, ast.Call) or len(value.args) != 1 or value.keywords:
+        return value
+    array = ast.unparse(value.func) in ("np.array", "numpy.array")
+    return value.args[0] if array else value
 
 
 def model_labels(model: ModelFile) -> dict[int, str] | None:
@@ -237,15 +255,24 @@ def model_labels(model: ModelFile) -> dict[int, str] | None:
     of ``dafne_dl.labels`` under that name; its file is parsed, not imported.
     """
     for key in ("apply_model_function", "incremental_learn_function"):
-        source = model.functions.get(key)
-        labels = function_constants(source).get("LABELS_DICT") or _imported_labels(source)
-        if isinstance(labels, dict):
-            return {int(channel): str(name) for channel, name in labels.items()}
+        if labels := source_labels(model.functions.get(key)):
+            return labels
     return None
 
 
+def source_labels(source: str | None) -> dict[int, str] | None:
+    """Return the label names that one function states; see ``model_labels``."""
+    labels = function_constants(source).get("LABELS_DICT") or _imported_labels(source)
+    if not isinstance(labels, dict):
+        return None
+    named = all(type(k) is int and isinstance(name, str) for k, name in labels.items())
+    if not named or any("\ud800" <= c <= "\udfff" for name in labels.values() for c in name):
+        return None
+    return labels
+
+
 def _imported_labels(source: str | None) -> Any:
-    for node in ast.walk(ast.parse(source or "")):
+    for node in ast.walk(_parsed(source)):
         if not isinstance(node, ast.ImportFrom) or node.module is None:
             continue
         package, _, table = node.module.rpartition(".labels.")
@@ -255,8 +282,38 @@ def _imported_labels(source: str | None) -> Any:
             for folder in (found and found.submodule_search_locations) or ():
                 path = Path(folder) / "labels" / f"{table}.py"
                 if path.is_file():
-                    return _literals(ast.parse(path.read_text(encoding="utf-8"))).get(wanted[0])
+                    return _literals(_parsed(path.read_text(encoding="utf-8"))).get(wanted[0])
     return None
+
+
+def _kept(metadata: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {
+        key: value
+        for key, value in metadata.items()
+        if key not in _TRANSIENT and not str(key).startswith("latest_")
+    }
+
+
+def _not_json(metadata: dict[Any, Any]) -> str:
+    """Return why metadata cannot be written, in words; empty if it can."""
+    for key in metadata:
+        if not isinstance(key, str):
+            return f"expected a text as key, got {type(key).__name__}"
+    try:
+        json.dumps(metadata, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        return str(error)
+    return ""
+
+
+def _value(content: Mapping[Any, Any], key: str, kind: type[Plain], default: Plain) -> Plain:
+    value = content.get(key)
+    if value is None:
+        return default
+    if type(value) is not kind:
+        msg = f"{key}: expected {kind.__name__}, got {type(value).__name__}"
+        raise ModelFileError(msg)
+    return value
 
 
 def _weights(value: Any) -> tuple[Kind, Weights]:

@@ -10,19 +10,20 @@ import importlib.util
 import io
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Never
+from typing import Any, Final, Never
 
 import numpy as np
 import numpy.typing as npt
 
 from dafne_federated.core.approvals import Approvals
-from dafne_federated.core.errors import DataError, ModelFileError
+from dafne_federated.core.errors import DafneFederatedError, DataError, ModelFileError
 from dafne_federated.core.model_file import (
     ModelFile,
     model_labels,
     parse_model,
+    source_labels,
     why_not_adaptable,
 )
 from dafne_federated.core.preprocessing import BiasFieldCache, fast_preprocessing
@@ -31,6 +32,8 @@ from dafne_federated.core.volumes import Case
 
 Predict = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
 Loss = Callable[[Any, Any], Any]
+
+_LONGEST_REASON: Final = 300
 
 
 class RunningModel:
@@ -55,7 +58,7 @@ class RunningModel:
         self.network = self._object.model
         self.loss: Loss | None = None
         self.labels = _label_names(file)
-        channels = int(self.network.output_shape[-1]) - 1
+        channels = _output_channels(self.network) - 1
         if len(self.labels) != channels - 1:
             msg = f"expected {channels - 1} label names for {channels} channels, got {self.labels}"
             raise ModelFileError(msg)
@@ -78,7 +81,8 @@ class RunningModel:
             The slices, or None if the function keeps none of them.
 
         Raises:
-            ModelFileError: The function does not train in the way that Dafne's own do.
+            ModelFileError: The function fails, or does not train in the way that Dafne's own do.
+            DataError: A slice of the case cannot be prepared.
         """
         recorder = _Recorder()
         usable = [i for i in range(case.image.shape[-1]) if np.ptp(case.image[..., i]) > 0]
@@ -91,10 +95,14 @@ class RunningModel:
             {name: mask[..., i].astype(np.uint8) for name, mask in case.masks.items()}
             for i in usable
         ]
-        with self._in_place(recorder), fast_preprocessing(cache):
+        with self._in_place(recorder, "training", case), fast_preprocessing(cache):
             self._object.incremental_learn_function(self._object, data, outputs, 1, 1)
         if recorder.slices is None:
             return None
+        if recorder.slices.channels != len(self.labels) + 1:
+            got = recorder.slices.channels
+            msg = f"its training function gives {got} channels, expected {len(self.labels) + 1}"
+            raise ModelFileError(msg)
         self.loss = self.loss or recorder.loss
         return recorder.slices
 
@@ -131,10 +139,14 @@ class RunningModel:
                 (n, rows, columns, channels).
             classification: The class as Dafne names it.
             cache: Keeps bias fields.
+
+        Raises:
+            ModelFileError: The function fails, or returns something else than such masks.
+            DataError: A slice of the case cannot be prepared.
         """
         masks = {name: np.zeros(case.image.shape, np.bool_) for name in self.labels}
         stand_in = _Predictor(predict or self._predict)
-        with self._in_place(stand_in), fast_preprocessing(cache):
+        with self._in_place(stand_in, "apply", case), fast_preprocessing(cache):
             for index in range(case.image.shape[-1]):
                 image = case.image[..., index]
                 if np.ptp(image) == 0:
@@ -148,21 +160,22 @@ class RunningModel:
                         "classification": classification,
                     },
                 )
-                for name, mask in found.items():
-                    if name not in masks:
-                        msg = f"the model returned an unknown label {name!r}"
-                        raise ModelFileError(msg)
-                    masks[name][..., index] = np.asarray(mask) > 0
+                for name, mask in _checked_masks(found, self.labels, image.shape).items():
+                    masks[name][..., index] = mask
         return masks
 
     def _predict(self, inputs: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return np.asarray(self.network.predict_on_batch(inputs.astype(np.float32)))
 
     @contextlib.contextmanager
-    def _in_place(self, stand_in: object) -> Iterator[None]:
+    def _in_place(self, stand_in: object, function: str, case: Case) -> Iterator[None]:
         network, self._object.model = self._object.model, stand_in
         try:
-            yield
+            with _one_error(f"case {case.name!r}: the model's {function} function failed"):
+                yield
+        except DataError as error:
+            msg = f"case {case.name!r}: {error}"
+            raise DataError(msg) from None
         finally:
             self._object.model = network
 
@@ -256,14 +269,52 @@ def _load(file: ModelFile) -> Any:
 
 def _execute(content: dict[str, Any]) -> Any:
     _check_imports()
-    try:
-        with _quiet():
-            from dafne_dl.model_loaders import generic_load_model
+    with _one_error("Dafne cannot build this model"), _quiet():
+        from dafne_dl.model_loaders import generic_load_model
 
-            return generic_load_model(content, install_deps=False)
-    except Exception as error:  # the model's own code can raise anything
-        msg = f"Dafne cannot build this model: {type(error).__name__}: {error}"
+        return generic_load_model(content, install_deps=False)
+
+
+@contextlib.contextmanager
+def _one_error(failure: str) -> Iterator[None]:
+    """Turn whatever a model's own code raises in the block, an exit too, into one line."""
+    try:
+        yield
+    except DafneFederatedError:
+        raise
+    except (Exception, SystemExit) as error:
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
+        msg = f"{failure}: {type(error).__name__}: {reason}"
         raise ModelFileError(msg) from error
+
+
+def _output_channels(network: Any) -> int:
+    shape = getattr(network, "output_shape", None)
+    if not isinstance(shape, tuple) or not shape or not isinstance(shape[-1], int):
+        got = f"a {type(network).__name__} with output shape {shape}"
+        msg = f"expected a Keras network with one output of known channels, got {got}"
+        raise ModelFileError(msg)
+    return shape[-1]
+
+
+def _checked_masks(
+    found: Any, labels: Sequence[str], shape: tuple[int, ...]
+) -> dict[str, npt.NDArray[np.bool_]]:
+    """Return what an apply function returned for one slice, as masks (rows, columns) bool."""
+    if not isinstance(found, Mapping):
+        msg = f"the model returned a {type(found).__name__}, expected masks by label name"
+        raise ModelFileError(msg)
+    masks = {}
+    for name, mask in found.items():
+        if name not in labels:
+            msg = f"the model returned an unknown label {name!r}"
+            raise ModelFileError(msg)
+        masks[name] = np.asarray(mask) > 0
+        if masks[name].shape != shape:
+            got = f"expected {shape}, got {masks[name].shape}"
+            msg = f"the model returned a mask of another size for {name!r}: {got}"
+            raise ModelFileError(msg)
+    return masks
 
 
 def _check_imports() -> None:
@@ -282,6 +333,13 @@ def _label_names(file: ModelFile) -> tuple[str, ...]:
     labels = model_labels(file)
     if not labels or sorted(labels) != list(range(1, len(labels) + 1)):
         msg = f"expected label names for channels 1, 2, ... in the model's sources, got {labels}"
+        raise ModelFileError(msg)
+    if len(set(labels.values())) != len(labels):
+        msg = f"expected a name of its own for each label in the model's sources, got {labels}"
+        raise ModelFileError(msg)
+    learned = source_labels(file.functions["incremental_learn_function"])
+    if learned is not None and learned != labels:
+        msg = f"its training function has other labels than its apply function: {learned}, {labels}"
         raise ModelFileError(msg)
     return tuple(labels[channel] for channel in sorted(labels))
 

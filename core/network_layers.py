@@ -1,6 +1,7 @@
 """What the layers of a Keras network are, and how each computes with changed weights."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -9,7 +10,11 @@ from keras import ops
 from dafne_federated.core.plan import Layer
 
 Tensor = Any
-Kernel = Callable[[keras.layers.Layer, Tensor, Tensor], Tensor]
+_UPSAMPLING = (
+    keras.layers.UpSampling1D,
+    keras.layers.UpSampling2D,
+    keras.layers.UpSampling3D,
+)
 
 
 def describe_layers(network: keras.Model) -> list[Layer]:
@@ -18,10 +23,10 @@ def describe_layers(network: keras.Model) -> list[Layer]:
     layers: list[Layer] = []
     decoder = False
     for layer in leaf_layers(network):
+        kind = _kind(layer)
+        decoder = decoder or kind == "conv-transpose" or isinstance(layer, _UPSAMPLING)
         if not layer.weights:
             continue
-        kind = _kind(layer)
-        decoder = decoder or kind == "conv-transpose"
         weights = {
             role: (keys[id(variable)], tuple(variable.shape))
             for role, variable in roles(layer).items()
@@ -34,6 +39,7 @@ def describe_layers(network: keras.Model) -> list[Layer]:
                 depth=len(layers),
                 decoder=decoder,
                 refused=_refusal(layer, kind),
+                work=_work(layer, kind),
             )
         )
     return layers
@@ -48,9 +54,17 @@ def leaf_layers(network: keras.Model) -> list[keras.layers.Layer]:
 
 
 def roles(layer: keras.layers.Layer) -> dict[str, keras.Variable]:
-    """Return the trained weights of ``layer`` by role: kernel and bias, or gamma and beta."""
-    names = ("kernel", "bias", "gamma", "beta")
-    return {v.name: v for v in layer.weights if v.name in names}
+    """Return the weights of ``layer`` that training may change, by role.
+
+    Kernel, bias, gamma and beta always, also where somebody froze them; of other weights those
+    that are not frozen, by their own names. Stored statistics are never among them.
+    """
+    found: dict[str, keras.Variable] = {}
+    for variable in layer.weights:
+        if variable.name in ("kernel", "bias", "gamma", "beta") or variable.trainable:
+            number = sum(role.split(" ")[0] == variable.name for role in found) + 1
+            found[variable.name if number == 1 else f"{variable.name} {number}"] = variable
+    return found
 
 
 def convolve(layer: keras.layers.Layer, inputs: Tensor, kernel: Tensor) -> Tensor:
@@ -79,19 +93,6 @@ def finish(layer: keras.layers.Layer, outputs: Tensor, weights: Mapping[str, Ten
     return outputs if layer.activation is None else layer.activation(outputs)
 
 
-def normalise(layer: keras.layers.Layer, inputs: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-    """Return what a batch normalisation computes from its stored statistics."""
-    return ops.batch_normalization(
-        x=inputs,
-        mean=ops.convert_to_tensor(layer.moving_mean),
-        variance=ops.convert_to_tensor(layer.moving_variance),
-        axis=layer.axis,
-        offset=weights.get("beta"),
-        scale=weights.get("gamma"),
-        epsilon=layer.epsilon,
-    )
-
-
 def _kind(layer: keras.layers.Layer) -> Any:
     transposed = (
         keras.layers.Conv1DTranspose,
@@ -100,9 +101,11 @@ def _kind(layer: keras.layers.Layer) -> Any:
     )
     if isinstance(layer, transposed):
         return "conv-transpose"
-    # Exact classes: a subclass (separable, depthwise, or somebody's own) computes otherwise.
+    # Exact classes: a subclass (separable, or somebody's own) computes otherwise.
     if type(layer) in (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D):
         return "conv"
+    if type(layer) in (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D):
+        return "depthwise"
     if type(layer) is keras.layers.Dense:
         return "dense"
     if type(layer) is keras.layers.BatchNormalization:
@@ -111,10 +114,28 @@ def _kind(layer: keras.layers.Layer) -> Any:
 
 
 def _refusal(layer: keras.layers.Layer, kind: str) -> str:
-    if kind == "other":
+    if kind in ("depthwise", "norm", "other"):
         return f"layers of kind {type(layer).__name__} compute in a way of their own"
     if getattr(layer, "groups", 1) != 1:
         return "grouped convolutions have no useful low rank per group"
     if getattr(layer, "data_format", "channels_last") != "channels_last":
         return "channels must come last"
     return ""
+
+
+def _work(layer: keras.layers.Layer, kind: str) -> int:
+    """Return the multiply-adds of the kernel for one input: its size at each position.
+
+    Positions are those of the output, of the input for a transposed convolution. A layer that
+    is used more than once counts once.
+    """
+    kernel = roles(layer).get("kernel")
+    if kernel is None or kind == "other":
+        return 0
+    try:
+        shape = (layer.input if kind == "conv-transpose" else layer.output).shape
+    except AttributeError:  # built outside a graph of layers
+        return 0
+    first = getattr(layer, "data_format", "channels_last") == "channels_first"
+    positions = shape[2:] if first else shape[1:-1]
+    return 0 if None in positions else math.prod(positions) * math.prod(kernel.shape)

@@ -4,10 +4,11 @@ import time
 import uuid
 from pathlib import Path
 
+from dafne_federated.core.methods import Choices, plan_targets
 from dafne_federated.core.model_file import ModelFile
 from dafne_federated.core.model_runtime import RunningModel
 from dafne_federated.core.network_layers import describe_layers
-from dafne_federated.core.plan import AdaptationPlan, lora_targets
+from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RunFolder, RunInfo
 from dafne_federated.core.settings import RunSettings
 from dafne_federated.core.versions import versions
@@ -17,16 +18,18 @@ def make_plan(model: RunningModel, settings: RunSettings) -> AdaptationPlan:
     """Return the plan that ``settings`` ask for on ``model``.
 
     Raises:
-        AdapterError: The network has nothing that fits.
+        AdapterError: The network has nothing that fits, or the methods do not combine on it.
     """
+    layers = describe_layers(model.network)
+    choices = Choices(where=settings.layers, last=settings.last)
     return AdaptationPlan(
         base_digest=model.file.digest,
-        method="lora",
+        method=settings.method,
         rank=settings.rank,
         max_rank=settings.max_rank,
         scale=settings.scale,
         labels=model.labels,
-        targets=lora_targets(describe_layers(model.network), settings.layers),
+        targets=plan_targets(settings.method, layers, choices),
     )
 
 

@@ -5,10 +5,11 @@ digest. A plan is data: it can be checked, shown and folded without the model's 
 """
 
 import json
+import math
 from collections.abc import Iterable
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dafne_federated.core.errors import AdapterError, MessageError
 from dafne_federated.core.files import sha256
@@ -16,7 +17,8 @@ from dafne_federated.core.files import sha256
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 WeightKey = Annotated[str, Field(pattern=r"^[0-9]{4}$")]
 LowRankKind = Literal["conv", "conv-transpose", "dense"]
-TargetKind = Literal["conv", "conv-transpose", "dense", "delta"]
+ScaleKind = Literal["scale", "scale-transpose", "scale-depthwise"]
+TargetKind = LowRankKind | ScaleKind | Literal["delta"]
 
 
 class Target(BaseModel):
@@ -26,9 +28,14 @@ class Target(BaseModel):
         key: Weight key of the array in the base model.
         layer: Layer name, for people only; names differ from build to build.
         kind: How it changes. ``conv``, ``conv-transpose`` and ``dense`` get a low-rank pair;
-            ``delta`` adds an array of the same shape.
+            ``delta`` adds an array of the same shape; ``scale``, ``scale-transpose`` and
+            ``scale-depthwise`` multiply by ``1 + s``, one ``s`` for each output channel.
         shape: Shape of the weight: (window.., in, out) for ``conv``, (window.., out, in) for
-            ``conv-transpose``, (in, out) for ``dense``.
+            ``conv-transpose``, (in, out) for ``dense``; output channels last for ``scale``,
+            last but one for ``scale-transpose``, and (.., in, out of each in) for
+            ``scale-depthwise``.
+        inputs: Input channels that a low-rank pair covers, the first and one past the last;
+            None for all. The others keep the base's kernel.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,6 +44,68 @@ class Target(BaseModel):
     layer: str = Field(max_length=200)
     kind: TargetKind
     shape: tuple[Annotated[int, Field(ge=1)], ...] = Field(max_length=6)
+    inputs: tuple[int, int] | None = None
+
+    @model_validator(mode="after")
+    def _enough_axes(self) -> Self:
+        least = {"delta": 0, "scale": 1}.get(self.kind, 2)
+        if len(self.shape) < least:
+            msg = f"{self.kind}: expected a shape of at least {least} axes, got {self.shape}"
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _covers_channels(self) -> Self:
+        if self.inputs is None:
+            return self
+        first, end = self.inputs
+        if not self.low_rank or not 0 <= first < end <= self.shape[self._input_axis]:
+            msg = f"{self.kind} of shape {self.shape}: cannot cover input channels {self.inputs}"
+            raise ValueError(msg)
+        return self
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether the change is a pair ``a``, ``b``, whose mean is not the mean of its parts."""
+        return self.kind in get_args(LowRankKind)
+
+    @property
+    def covered(self) -> tuple[int, ...]:
+        """Shape of the part of the kernel that a low-rank pair changes."""
+        return tuple(n - sum(pair) for n, pair in zip(self.shape, self.padding(), strict=True))
+
+    def padding(self) -> list[tuple[int, int]]:
+        """Return how many zeros stand before and behind the covered part, for each axis."""
+        padding = [(0, 0)] * len(self.shape)
+        if self.inputs is not None:
+            first, end = self.inputs
+            padding[self._input_axis] = (first, self.shape[self._input_axis] - end)
+        return padding
+
+    @property
+    def _input_axis(self) -> int:
+        return -1 if self.kind == "conv-transpose" else -2
+
+    def arrays(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """Return name and shape of the state arrays of this target.
+
+        A ``scale`` is shaped so that ``weight * (1 + scale)`` needs no further axes.
+
+        Source:
+            Scale and shift of features, https://arxiv.org/abs/2210.08823: what multiplies an
+            output channel can as well multiply the weights that lead to it.
+        """
+        match self.kind:
+            case "delta":
+                return {"delta": self.shape}
+            case "scale":
+                return {"scale": self.shape[-1:]}
+            case "scale-transpose":
+                return {"scale": (self.shape[-2], 1)}
+            case "scale-depthwise":
+                return {"scale": self.shape[-2:]}
+        a, b = self.pair_shapes(rank)
+        return {"a": a, "b": b}
 
     def pair_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of ``a`` and ``b`` at ``rank``.
@@ -49,9 +118,9 @@ class Target(BaseModel):
             The convolution form of LoRA in https://arxiv.org/abs/2309.14859 (LoCon).
         """
         if self.kind == "conv-transpose":
-            *window, cout, cin = self.shape
+            *window, cout, cin = self.covered
             return (cin, rank), (rank, *window, cout)
-        *left, cout = self.shape
+        *left, cout = self.covered
         return (*left, rank), (rank, cout)
 
 
@@ -104,14 +173,21 @@ class AdaptationPlan(BaseModel):
 
     def state_shapes(self, rank: int | None = None) -> dict[str, tuple[int, ...]]:
         """Return the shape of every state array at ``rank`` (default: the plan's own)."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for target in self.targets:
-            if target.kind == "delta":
-                shapes[f"{target.key}/delta"] = target.shape
-            else:
-                a, b = target.pair_shapes(rank or self.rank)
-                shapes |= {f"{target.key}/a": a, f"{target.key}/b": b}
-        return shapes
+        return {
+            f"{target.key}/{name}": shape
+            for target in self.targets
+            for name, shape in target.arrays(rank or self.rank).items()
+        }
+
+    @property
+    def parameters(self) -> int:
+        """Values that are trained, and that travel each way in a round, at the plan's rank."""
+        return sum(math.prod(shape) for shape in self.state_shapes().values())
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes of a state's values in float32."""
+        return 4 * self.parameters
 
 
 class Layer(BaseModel):
@@ -119,24 +195,49 @@ class Layer(BaseModel):
 
     Attributes:
         name: Layer name, for people.
-        kind: ``conv``, ``conv-transpose``, ``dense``, ``norm`` or ``other``.
-        weights: Weight key and shape by role (``kernel``, ``bias``, ``gamma``, ``beta``).
+        kind: ``conv``, ``conv-transpose``, ``dense``, ``depthwise``, ``norm`` or ``other``.
+        weights: Weight key and shape by role (``kernel``, ``bias``, ``gamma``, ``beta``) of what
+            training may change; statistics are not among them.
         depth: Position in the network, 0 for the first layer with weights.
-        decoder: Whether the layer lies behind the first transposed convolution.
+        decoder: Whether the layer lies behind the first one that enlarges: a transposed
+            convolution or an upsampling.
         refused: Why no low-rank pair fits the layer, in words; empty if one does.
+        work: Multiply-adds for one input; 0 where they are not known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
-    kind: Literal["conv", "conv-transpose", "dense", "norm", "other"]
+    kind: Literal["conv", "conv-transpose", "dense", "depthwise", "norm", "other"]
     weights: dict[str, tuple[str, tuple[int, ...]]]
     depth: int
     decoder: bool
     refused: str = ""
+    work: int = 0
+
+    def targets(self, *chosen: str, kind: TargetKind = "delta") -> list[Target]:
+        """Return targets of one kind for the weights of the chosen roles, or for all."""
+        return [
+            Target(key=key, layer=self.name, kind=kind, shape=shape)
+            for role, (key, shape) in self.weights.items()
+            if not chosen or role in chosen
+        ]
 
 
 LAYER_CHOICES = ("all", "decoder", "encoder")
+
+
+def split_head(layers: Iterable[Layer]) -> tuple[list[Layer], Layer]:
+    """Return the layers with kernels, without the last one, and the last one: the head.
+
+    Raises:
+        AdapterError: No layer has a kernel.
+    """
+    with_kernel = [layer for layer in layers if any("kernel" in role for role in layer.weights)]
+    if not with_kernel:
+        msg = "the network has no layer with a kernel, so there is nothing to adapt"
+        raise AdapterError(msg)
+    return with_kernel[:-1], with_kernel[-1]
 
 
 def lora_targets(layers: Iterable[Layer], where: str = "all") -> tuple[Target, ...]:
@@ -147,7 +248,7 @@ def lora_targets(layers: Iterable[Layer], where: str = "all") -> tuple[Target, .
 
     Args:
         layers: The network, in the order of its weights.
-        where: ``all``, ``decoder`` (behind the first transposed convolution) or ``encoder``.
+        where: ``all``, ``decoder`` (behind the first layer that enlarges) or ``encoder``.
 
     Raises:
         AdapterError: ``where`` is unknown or chooses nothing that can be adapted.
@@ -155,23 +256,15 @@ def lora_targets(layers: Iterable[Layer], where: str = "all") -> tuple[Target, .
     if where not in LAYER_CHOICES:
         msg = f"layers: expected one of {', '.join(LAYER_CHOICES)}, got {where!r}"
         raise AdapterError(msg)
-    with_kernel = [layer for layer in layers if "kernel" in layer.weights]
-    if not with_kernel:
-        msg = "the network has no layer with a kernel, so there is nothing to adapt"
-        raise AdapterError(msg)
-    *body, head = with_kernel
+    body, head = split_head(layers)
     targets = []
     for layer in body:
         chosen = where == "all" or layer.decoder == (where == "decoder")
-        if chosen and layer.kind in ("conv", "conv-transpose", "dense") and not layer.refused:
-            key, shape = layer.weights["kernel"]
-            targets.append(Target(key=key, layer=layer.name, kind=layer.kind, shape=shape))
+        kind = layer.kind
+        if chosen and kind in ("conv", "conv-transpose", "dense") and not layer.refused:
+            targets += layer.targets("kernel", kind=kind)
     if body and not targets:
         reasons = sorted({layer.refused for layer in body if layer.refused})
         msg = f"no layer among {where!r} can take a low-rank update; {'; '.join(reasons)}"
         raise AdapterError(msg)
-    targets += [
-        Target(key=key, layer=head.name, kind="delta", shape=shape)
-        for key, shape in head.weights.values()
-    ]
-    return tuple(sorted(targets, key=lambda target: target.key))
+    return tuple(sorted(targets + head.targets(), key=lambda target: target.key))

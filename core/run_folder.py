@@ -10,16 +10,18 @@ release/            the `.model` and its side-car, if one was released
 result.json         how the run ended
 """
 
+import contextlib
+import fcntl
 import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import IO, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dafne_federated.core.errors import RunError
-from dafne_federated.core.files import write_atomic
+from dafne_federated.core.files import arrays_digest, private_folder, sha256, write_atomic
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.settings import RunSettings
 from dafne_federated.core.state import State, load_state, save_state
@@ -155,7 +157,7 @@ class RunFolder:
         Raises:
             RunError: There is a run in ``path`` already.
         """
-        folder = cls(path)
+        folder = cls(private_folder(path))
         if (path / "run.json").exists():
             msg = f"there is a run in {str(path)!r} already; choose another folder or resume it"
             raise RunError(msg)
@@ -173,20 +175,36 @@ class RunFolder:
         return _read_json(self.path / "run.json", RunInfo)
 
     def plan(self) -> AdaptationPlan:
-        """Return the plan; see ``info`` for errors."""
-        return _read_json(self.path / "plan.json", AdaptationPlan)
+        """Return the plan; see ``info`` for errors, and: it must be the one of the run."""
+        plan = _read_json(self.path / "plan.json", AdaptationPlan)
+        _same(self.path / "plan.json", self.info().plan_digest, plan.digest)
+        return plan
+
+    def base_bytes(self) -> bytes:
+        """Return the bytes of the base; see ``plan`` for errors."""
+        data = self.base.read_bytes()
+        _same(self.base, self.info().base_digest, sha256(data))
+        return data
 
     def rounds(self) -> list[RoundLine]:
-        """Return the lines of all rounds so far; a line cut short by a kill is left out."""
-        lines: dict[int, RoundLine] = {}
+        """Return the lines of all rounds so far.
+
+        Raises:
+            RunError: A line is damaged or missing; the file is only ever written whole.
+        """
         path = self.path / "rounds.jsonl"
-        for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        lines = []
+        texts = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        for number, text in enumerate(texts, start=1):
             try:
-                line = RoundLine.model_validate_json(text)
+                lines.append(RoundLine.model_validate_json(text))
             except ValidationError:
-                continue
-            lines[line.round] = line
-        return [lines[number] for number in sorted(lines)]
+                msg = f"{path}: line {number} is damaged; the run cannot go on from it"
+                raise RunError(msg) from None
+            if lines[-1].round != number:
+                msg = f"{path}: expected round {number}, got {lines[-1].round}"
+                raise RunError(msg)
+        return lines
 
     def finish_round(self, line: RoundLine, state: State) -> None:
         """Keep the result of a round: first the state, then the line that makes it count."""
@@ -200,8 +218,12 @@ class RunFolder:
 
         Raises:
             StateError: The checkpoint is missing or damaged.
+            RunError: It is not the state that the line of the round names.
         """
-        return load_state(self._checkpoint(number))[1]
+        path = self._checkpoint(number)
+        state = load_state(path)[1]
+        _same(path, self.rounds()[number - 1].state_digest, arrays_digest(state))
+        return state
 
     def finish(self, result: RunResult) -> None:
         """Record how the run ended."""
@@ -214,17 +236,46 @@ class RunFolder:
     def event(self, kind: str, **details: Any) -> None:
         """Append one event for whoever watches."""
         line = json.dumps({"time": time.time(), "event": kind, **details})
-        with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with (self.path / "events.jsonl").open("ab+") as file:
+            if file.tell() and not _ends_line(file):  # a kill left half a line behind
+                line = "\n" + line
+            file.write(line.encode() + b"\n")
 
     def events(self) -> Iterator[dict[str, Any]]:
         """Yield all events so far; a line that is being written is left for the next look."""
         path = self.path / "events.jsonl"
-        for text in path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else ():
-            yield json.loads(text)
+        for text in path.read_bytes().split(b"\n")[:-1] if path.exists() else ():
+            with contextlib.suppress(ValueError):  # half a line that a kill left behind
+                yield json.loads(text)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Let only one process run the rounds of this folder; freed when the process ends.
+
+        Raises:
+            RunError: Another process runs them.
+        """
+        with (self.path / "lock").open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                msg = f"another process is running the rounds of {str(self.path)!r}"
+                raise RunError(msg) from None
+            yield
 
     def _checkpoint(self, number: int) -> Path:
         return self.path / "checkpoints" / f"round-{number:04d}.npz"
+
+
+def _same(path: Path, wanted: str, got: str) -> None:
+    if wanted != got:
+        msg = f"{path}: expected digest {wanted[:16]} as in the record of the run, got {got[:16]}"
+        raise RunError(msg)
+
+
+def _ends_line(file: IO[bytes]) -> bool:
+    file.seek(-1, 2)
+    return file.read(1) == b"\n"
 
 
 def _read_json(path: Path, kind: type[Model]) -> Model:

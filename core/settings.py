@@ -1,12 +1,22 @@
 """Settings of a federation, checked once at the edge; one TOML, the same names as the flags."""
 
+import math
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from dafne_federated.core.errors import SettingsError
+from dafne_federated.core.errors import AdapterError, SettingsError
+from dafne_federated.core.methods import method_parts
 from dafne_federated.core.plan import LAYER_CHOICES
 
 
@@ -16,10 +26,12 @@ class RunSettings(BaseModel):
     Attributes:
         rounds: Rounds of the federation.
         epochs: Passes of each site over its slices in a round.
-        learning_rate: Of Adam at the sites.
+        learning_rate: Of Adam at the sites in the first round; see ``learning_rate_in``.
         batch_size: Slices in a step.
         strategy: How the server combines updates.
-        layers: Which kernels get a low-rank pair.
+        method: What is trained: a name of the table of methods, or several joined by ``+``.
+        layers: Which kernels get a low-rank pair, with method ``lora``.
+        last: Layers that method ``last-k`` trains.
         rank: Rank of the pairs.
         max_rank: Largest rank accepted from a site.
         scale: The update of a kernel is scale * a @ b.
@@ -29,7 +41,9 @@ class RunSettings(BaseModel):
         wait: Longest wait for the first ``min_sites`` sites, in seconds.
         threads: CPU threads of one operation, 0 for all cores.
         device: ``auto``, ``cpu`` or ``gpu``.
-        max_cases: A site that claims more training cases than this is refused.
+        max_cases: More training cases than this are not believed of any site.
+        max_norm_ratio: An update that moves the base more than so many times the median of the
+            round's updates is refused; needs three sites.
         gate: ``validation`` releases only what the sites' validation persons show to be better
             than the base; ``none`` releases the last round unseen, for sites without any.
         margin: With the gate, the most Dice that any label of any site may lose.
@@ -48,7 +62,9 @@ class RunSettings(BaseModel):
     learning_rate: float = Field(default=3e-3, gt=0, le=1)
     batch_size: int = Field(default=4, ge=1, le=1024)
     strategy: Literal["product", "factors"] = "product"
+    method: str = Field(default="lora", max_length=40)
     layers: Annotated[str, Field(pattern="^(" + "|".join(LAYER_CHOICES) + ")$")] = "all"
+    last: int = Field(default=2, ge=1, le=1000)
     rank: int = Field(default=4, ge=1, le=256)
     max_rank: int = Field(default=16, ge=1, le=256)
     scale: float = Field(default=1.0, gt=0, le=100)
@@ -58,9 +74,28 @@ class RunSettings(BaseModel):
     wait: float = Field(default=300.0, gt=0)
     threads: int = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "gpu"] = "auto"
+    max_norm_ratio: float = Field(default=20.0, gt=1)
     max_cases: int = Field(default=100_000, ge=1)
     gate: Literal["validation", "none"] = "validation"
     margin: float = Field(default=0.02, ge=0, le=1)
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, method: str) -> str:
+        try:
+            method_parts(method)
+        except AdapterError as error:
+            raise ValueError(str(error)) from None
+        return method
+
+    @field_validator("layers")
+    @classmethod
+    def _layers_are_for_lora(cls, layers: str, info: ValidationInfo) -> str:
+        method = info.data.get("method", "lora")
+        if layers != "all" and "lora" not in method_parts(method):
+            msg = f"only method 'lora' chooses among layers, not {method!r}"
+            raise ValueError(msg)
+        return layers
 
     @model_validator(mode="after")
     def _rank_within_bound(self) -> Self:
@@ -68,6 +103,17 @@ class RunSettings(BaseModel):
             msg = f"rank: expected at most max-rank {self.max_rank}, got {self.rank}"
             raise ValueError(msg)
         return self
+
+    def learning_rate_in(self, number: int) -> float:
+        """Return the learning rate of round ``number``, 1 first.
+
+        It falls along a cosine to a tenth in the last round, so that late rounds settle.
+
+        Source:
+            The schedule of https://arxiv.org/abs/1608.03983 without restarts, over rounds.
+        """
+        done = (number - 1) / max(self.rounds - 1, 1)
+        return self.learning_rate * (0.1 + 0.45 * (1.0 + math.cos(math.pi * min(done, 1.0))))
 
 
 def read_settings(path: Path | None, **given: object) -> RunSettings:

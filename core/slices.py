@@ -32,7 +32,11 @@ class PreparedSlices:
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Return input (k, rows, columns, 2) and target (k, rows, columns, channels), float32."""
         inputs = np.stack([self.images[chosen], self.weights[chosen]], axis=-1)
-        return inputs, np.eye(self.channels, dtype=np.float32)[self.labels[chosen]]
+        return inputs, self.targets(chosen)
+
+    def targets(self, chosen: npt.NDArray[np.intp]) -> npt.NDArray[np.float32]:
+        """Return the target alone, (k, rows, columns, channels) float32."""
+        return np.eye(self.channels, dtype=np.float32)[self.labels[chosen]]
 
     def inputs(self) -> npt.NDArray[np.float32]:
         """Return all images as network input without a weight map, (n, rows, columns, 2)."""

@@ -21,7 +21,7 @@ State = dict[str, npt.NDArray[np.float32]]
 
 
 def initial_state(plan: AdaptationPlan, seed: int, rank: int | None = None) -> State:
-    """Return a state that changes nothing: ``a`` random, ``b`` and every delta zero.
+    """Return a state that changes nothing: ``a`` random, all the rest zero.
 
     Args:
         plan: What is trained.
@@ -76,7 +76,7 @@ def state_rank(plan: AdaptationPlan, state: Mapping[str, npt.NDArray[np.generic]
     """Return the rank of the pairs in ``state``; the plan's own where there are none."""
     for target in plan.targets:
         factor = state.get(f"{target.key}/a")
-        if target.kind != "delta" and factor is not None and factor.ndim > 0:
+        if target.low_rank and factor is not None and factor.ndim > 0:
             return max(int(factor.shape[-1]), 1)
     return plan.rank
 
@@ -85,9 +85,11 @@ def kernel_update(target: Target, a: npt.ArrayLike, b: npt.ArrayLike) -> npt.NDA
     """Return ``a @ b`` in the shape of the target's kernel, float64, without the scale."""
     product = dense_product((np.asarray(a, np.float32), np.asarray(b, np.float32)))
     if target.kind == "conv-transpose":
-        *window, cout, cin = target.shape
-        return np.moveaxis(product.reshape(cin, *window, cout), 0, -1)
-    return product.reshape(target.shape)
+        *window, cout, cin = target.covered
+        update = np.moveaxis(product.reshape(cin, *window, cout), 0, -1)
+    else:
+        update = product.reshape(target.covered)
+    return np.pad(update, target.padding())
 
 
 def fold(weights: Weights, plan: AdaptationPlan, state: State) -> Weights:
@@ -114,13 +116,21 @@ def fold(weights: Weights, plan: AdaptationPlan, state: State) -> Weights:
                 f"weight {target.key!r}: the plan expects shape {target.shape}, the base has {got}"
             )
             raise StateError(msg)
-        if target.kind == "delta":
-            change = state[f"{target.key}/delta"].astype(np.float64)
-        else:
-            pair = state[f"{target.key}/a"], state[f"{target.key}/b"]
-            change = plan.scale * kernel_update(target, *pair)
+        change = _change(plan, target, state, base.astype(np.float64))
         folded[target.key] = (base.astype(np.float64) + change).astype(base.dtype)
     return folded
+
+
+def _change(
+    plan: AdaptationPlan, target: Target, state: State, base: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Return what a state adds to the base weight of one target."""
+    if target.low_rank:
+        pair = state[f"{target.key}/a"], state[f"{target.key}/b"]
+        return plan.scale * kernel_update(target, *pair)
+    if target.kind == "delta":
+        return state[f"{target.key}/delta"].astype(np.float64)
+    return base * state[f"{target.key}/scale"].astype(np.float64)
 
 
 def save_state(path: Path, plan: AdaptationPlan, state: State) -> None:

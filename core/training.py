@@ -3,17 +3,33 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import keras
 import numpy as np
 import numpy.typing as npt
 
-from dafne_federated.core.adapters import AdaptedNetwork
 from dafne_federated.core.slices import PreparedSlices
 
 Loss = Callable[[Any, Any], Any]
 OnEpoch = Callable[[int, float], None]
+
+
+class Trainable(Protocol):
+    """A network whose trainable variables are those of adapters."""
+
+    @property
+    def trained(self) -> keras.Model:
+        """The network as a model, not compiled."""
+
+
+class Batches(Protocol):
+    """Slices to train on."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, chosen: npt.NDArray[np.intp]) -> tuple[Any, npt.NDArray[np.float32]]:
+        """Return input and target of the chosen slices."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +51,11 @@ class AdapterTraining:
     """Training of one adapted network; the compiled step is kept between rounds and sites.
 
     Args:
-        adapted: The network with its plan.
+        adapted: The network with its plan, or its suffix.
         loss: The loss of the base's own training function.
     """
 
-    def __init__(self, adapted: AdaptedNetwork, loss: Loss) -> None:
-        self.adapted = adapted
+    def __init__(self, adapted: Trainable, loss: Loss) -> None:
         self._trained = adapted.trained
         self._trained.compile(optimizer=keras.optimizers.Adam(), loss=loss)
         self._trained.optimizer.build(self._trained.trainable_variables)
@@ -48,7 +63,7 @@ class AdapterTraining:
 
     def run(
         self,
-        slices: PreparedSlices,
+        slices: Batches,
         epochs: int,
         batch_size: int,
         learning_rate: float,
@@ -79,7 +94,7 @@ class AdapterTraining:
 
 
 def train_epoch(
-    network: keras.Model, slices: PreparedSlices, batch_size: int, generator: np.random.Generator
+    network: keras.Model, slices: Batches, batch_size: int, generator: np.random.Generator
 ) -> list[float]:
     """Run one epoch on a compiled network and return the loss of every step.
 

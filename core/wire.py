@@ -22,7 +22,9 @@ TRAIN_BASE = "train.base"
 TRAIN_ROUND = "train.round"
 EVALUATE_STATE = "evaluate.state"
 
-Reason = Annotated[str, Field(max_length=500)]
+# No control characters and no line separators: the text goes into records and terminals.
+_PLAIN = r"^[^\x00-\x1f\x7f-\x9f\u{2028}\u{2029}]*$"
+Reason = Annotated[str, Field(max_length=500, pattern=_PLAIN)]
 SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$")]
 
 
@@ -69,6 +71,9 @@ class WireMessage(BaseModel):
             raise MessageError(msg) from None
         if set(numbers) - cls.metrics or set(fields) & cls.metrics:
             msg = f"{cls.__name__}: expected the numbers {sorted(cls.metrics)} among the metrics"
+            raise MessageError(msg)
+        if "protocol" not in fields:
+            msg = f"{cls.__name__}: protocol: expected {PROTOCOL}, got nothing"
             raise MessageError(msg)
         try:
             return cls.model_validate(fields | numbers)
@@ -173,7 +178,7 @@ class RoundReply(WireMessage):
     plan_digest: Sha256
     status: Literal["ok", "refused", "failed"]
     reason: Reason = ""
-    device: str = Field(default="", max_length=100)
+    device: str = Field(default="", max_length=100, pattern=_PLAIN)
     training_cases: int = Field(default=0, ge=0)
     training_slices: int = Field(default=0, ge=0)
     loss: float = 0.0

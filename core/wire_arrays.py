@@ -1,5 +1,8 @@
 """Take arrays out of a message without trusting them: size and shape first, then bytes."""
 
+import io
+import math
+
 import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, RecordDict
@@ -55,7 +58,7 @@ def take_bytes(content: RecordDict, name: str, limit: int) -> bytes:
     """
     try:
         array = _record(content)[name]
-        size = int(np.prod(array.shape))
+        size = math.prod(array.shape)
         if array.dtype != "uint8" or len(array.shape) != 1 or size > limit:
             msg = f"array {name!r}: expected at most {limit} bytes, got {array.shape} {array.dtype}"
             raise MessageError(msg)
@@ -76,22 +79,23 @@ def _record(content: RecordDict) -> ArrayRecord:
 def _parse(
     name: str, array: Array, shape: tuple[int, ...], dtype: str = "float32"
 ) -> npt.NDArray[np.float32]:
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    claimed = (tuple(array.shape), array.dtype)
-    if (
-        claimed != (shape, dtype)
-        or array.stype != "numpy.ndarray"
-        or len(array.data) > size + _HEADER
-    ):
-        got = f"{claimed[0]} {claimed[1]} in {len(array.data)} bytes"
-        msg = f"array {name!r}: expected {shape} {dtype}, got {got}"
-        raise StateError(msg)
-    try:
-        values = array.numpy()
-    except (ValueError, EOFError, OSError) as error:
-        msg = f"array {name!r}: its bytes are damaged: {error}"
+    """Return the values after checking what is claimed, what is inside, and the exact size."""
+    kind = np.dtype(dtype)
+    size = math.prod(shape) * kind.itemsize
+    claimed = (tuple(array.shape), array.dtype, array.stype)
+    length = len(array.data)
+    if claimed != (shape, dtype, "numpy.ndarray") or not size < length <= size + _HEADER:
+        msg = f"array {name!r}: expected {shape} {dtype}, got {claimed[0]} {claimed[1]}"
+        raise StateError(f"{msg} in {length} bytes")
+    stream = io.BytesIO(array.data[:_HEADER])
+    try:  # numpy's reader would believe the inner header, so only that is read with numpy
+        version = np.lib.format.read_magic(stream)
+        inner = np.lib.format.read_array_header_1_0(stream, max_header_size=_HEADER)
+    except Exception:  # the header is a text that numpy parses; damage can raise anything
+        msg = f"array {name!r}: its bytes are damaged"
         raise StateError(msg) from None
-    if values.shape != shape or values.dtype != np.dtype(dtype):
-        msg = f"array {name!r}: expected {shape} {dtype}, got {values.shape} {values.dtype}"
+    if version != (1, 0) or inner != (shape, False, kind) or length != stream.tell() + size:
+        msg = f"array {name!r}: its bytes do not hold {shape} {dtype}"
         raise StateError(msg)
-    return values
+    values = np.frombuffer(array.data, kind, offset=stream.tell()).reshape(shape)
+    return values.copy()

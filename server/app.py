@@ -16,6 +16,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run all rounds that are left, then release what is better than the base."""
     folder = RunFolder(Path(str(context.run_config["run"])))
-    run_rounds(grid, folder)
-    release(folder)
-    folder.event("finished")
+    with folder.lock():
+        run_rounds(grid, folder)
+        release(folder)
+        folder.event("finished")

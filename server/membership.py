@@ -32,12 +32,14 @@ class Members:
     Attributes:
         nodes: Flower's node id by site name, for sites that take part.
         declined: Reason in words by site name, for those that do not.
-        bytes_down: Bytes sent to each site so far: offer and, where it was missing, the base.
-        bytes_up: Bytes it sent so far.
+        cases: Training cases that each site said to have; it cannot claim more later.
+        bytes_down: Bytes sent to each site to join: offer and, where it was missing, the base.
+        bytes_up: Bytes it sent to join.
     """
 
     nodes: dict[str, int]
     declined: dict[str, str]
+    cases: dict[str, int]
     bytes_down: dict[str, int]
     bytes_up: dict[str, int]
 
@@ -55,7 +57,7 @@ def gather(grid: Grid, folder: RunFolder, info: RunInfo, plan: AdaptationPlan) -
     if len(ids) < settings.min_sites:
         msg = f"expected at least {settings.min_sites} sites, got {len(ids)} in {settings.wait} s"
         raise RunError(msg)
-    base = folder.base.read_bytes()
+    base = folder.base_bytes()
     offer = Offer(
         software=software_version(),
         run=info.run,
@@ -69,7 +71,7 @@ def gather(grid: Grid, folder: RunFolder, info: RunInfo, plan: AdaptationPlan) -
         lambda _: None,
     )  # fmt: skip
     registered = {n.node_id: getattr(n, "name", "") for n in grid.get_nodes()}
-    members = Members({}, {}, {}, {})
+    members = Members({}, {}, {}, {}, {})
     needing = []
     for number, content in sorted(replies.items()):
         node = by_number[number]
@@ -88,6 +90,7 @@ def gather(grid: Grid, folder: RunFolder, info: RunInfo, plan: AdaptationPlan) -
             members.declined[name] = reply.reason
         else:
             members.nodes[name] = node
+            members.cases[name] = min(reply.training_cases, settings.max_cases)
             members.bytes_down[name] = record_bytes(offer)
             members.bytes_up[name] = record_bytes(content)
             needing += [name] if reply.status == "need" else []

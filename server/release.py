@@ -36,7 +36,7 @@ def release(folder: RunFolder) -> RunResult:
         )
         folder.finish(result)
         return result
-    base = parse_model(folder.base.read_bytes())
+    base = parse_model(folder.base_bytes())
     model = adapted_model(base, plan, folder.state_after(number), info.created)
     model = replace(
         model, metadata={**model.metadata, "federated": provenance(info, plan, rounds, number)}
@@ -44,7 +44,8 @@ def release(folder: RunFolder) -> RunResult:
     name = release_name(base, info.created)
     written = write_model(model, folder.release / f"{name}.model")
     sidecar = json.dumps(sidecar_metadata(written), indent=4)
-    write_atomic(folder.release / f"{name}.json", sidecar.encode())
+    family, _, _ = name.partition("_")  # Dafne keeps one side-car for all versions of a name
+    write_atomic(folder.release / f"{family}.json", sidecar.encode())
     result = RunResult(
         released=True,
         reason=reason,
@@ -74,14 +75,15 @@ def choose_round(rounds: list[RoundLine], settings: RunSettings) -> tuple[int | 
         if reason := why_not(base, candidate, settings.margin):
             reasons.append(f"round {number}: {reason}")
             continue
-        average = mean_score(candidate) or 0.0
-        if best is None or average > best[0]:
-            best = (average, number)
+        before, after = (mean_score(scores) for scores in compared(base, candidate))
+        gain = (after or 0.0) - (before or 0.0)
+        if best is None or gain > best[0]:
+            best = (gain, number)
     if best is None:
         return None, "no state passed the gate: " + "; ".join(reasons[-3:])
     return best[
         1
-    ], f"round {best[1]} has the best mean Dice, and no label lost more than the margin"
+    ], f"round {best[1]} has the largest gain in mean Dice, and no label lost more than the margin"
 
 
 def adapted_model(
@@ -100,8 +102,13 @@ def provenance(
     info: RunInfo, plan: AdaptationPlan, rounds: list[RoundLine], number: int
 ) -> dict[str, Any]:
     """Return how a release came about, as JSON values for the model's metadata."""
-    used = [line for line in rounds if line.trained and line.round <= number]
-    sites = sorted({name for line in used for name, s in line.sites.items() if s.status == "ok"})
+    cases = {  # of each site that was used, as it said in its last such round
+        name: site.training_cases
+        for line in rounds
+        if line.trained and line.round <= number
+        for name, site in line.sites.items()
+        if site.status == "ok"
+    }
     return {
         "run": info.run,
         "base_sha256": info.base_digest,
@@ -112,8 +119,8 @@ def provenance(
         "strategy": info.settings.strategy,
         "rounds": number,
         "epochs_per_round": info.settings.epochs,
-        "sites": len(sites),
-        "training_cases": sum(used[-1].sites[name].training_cases for name in sites) if used else 0,
+        "sites": len(cases),
+        "training_cases": sum(cases.values()),
         "software": info.versions,
         "date": datetime.fromtimestamp(info.created, UTC).date().isoformat(),
     }
@@ -150,6 +157,24 @@ def mean_score(dice: Scores) -> float | None:
     return mean([mean(list(labels.values())) for labels in dice.values()])
 
 
+def compared(base: Scores, candidate: Scores) -> tuple[Scores, Scores]:
+    """Return both without what was not measured for both, so that means are of the same."""
+    both = {
+        (site, label)
+        for site, labels in base.items()
+        for label, before in labels.items()
+        if before is not None and candidate.get(site, {}).get(label) is not None
+    }
+
+    def kept(scores: Scores) -> Scores:
+        return {
+            site: {label: value for label, value in labels.items() if (site, label) in both}
+            for site, labels in scores.items()
+        }
+
+    return kept(base), kept(candidate)
+
+
 def why_not(base: Scores, candidate: Scores, margin: float) -> str:
     """Return why ``candidate`` must not be released, in words; empty if it may."""
     for site, labels in sorted(base.items()):
@@ -159,9 +184,9 @@ def why_not(base: Scores, candidate: Scores, margin: float) -> str:
                 return f"{label} of {site} was measured for the base but not for this state"
             if before is not None and after is not None and after < before - margin:
                 return f"{label} of {site} falls from {before:.3f} to {after:.3f}"
-    before, after = mean_score(base), mean_score(candidate)
+    before, after = (mean_score(scores) for scores in compared(base, candidate))
     if before is None or after is None:
-        return "no site measured a Dice"
+        return "no site measured a Dice for the base and for this state"
     if after <= before:
         return f"the mean Dice does not rise ({before:.3f} to {after:.3f})"
     return ""

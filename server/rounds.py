@@ -26,7 +26,7 @@ from dafne_federated.core.wire import (
 from dafne_federated.server.exchange import Replies, exchange
 from dafne_federated.server.membership import Members, gather
 from dafne_federated.strategies import STRATEGIES
-from dafne_federated.strategies.aggregation import Update
+from dafne_federated.strategies.outliers import too_large
 from dafne_federated.strategies.update_gate import Verdict, judge
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def run_rounds(grid: Grid, folder: RunFolder) -> None:
         return
     members = gather(grid, folder, info, plan)
     for number in range(last + 1, info.settings.rounds + 2):
-        line, state = _round(grid, folder, info, plan, members, state, number)
+        line, state = _round(grid, folder, info, plan, members, state, number, joined=last + 1)
         folder.finish_round(line, state)
         folder.event("round finished", round=number, trained=line.trained)
         log.info("round %d finished in %.1f s", number, line.seconds)
@@ -65,6 +65,7 @@ def _round(
     members: Members,
     state: State,
     number: int,
+    joined: int,
 ) -> tuple[RoundLine, State]:
     settings, begun = info.settings, time.monotonic()
     trained = number <= settings.rounds
@@ -75,7 +76,7 @@ def _round(
         plan_digest=info.plan_digest,
         epochs=settings.epochs if trained else 0,
         batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
+        learning_rate=settings.learning_rate_in(number),
         seed=settings.seed,
     )
     content = request.to_record(array_record(state))
@@ -89,19 +90,27 @@ def _round(
         settings.deadline,
         lambda site: folder.event("site answered", round=number, site=site),
     )
-    sites: dict[str, SiteRound] = {}
-    updates: list[Update] = []
-    for site in sorted(members.nodes):
-        verdict = _verdict(site, replies, request, plan, settings.max_cases, settings.deadline)
-        updates += [verdict.update] if verdict.update else []
-        sites[site] = _site_round(
+    verdicts = {
+        site: _verdict(site, replies, request, plan, members.cases[site], settings.deadline)
+        for site in sorted(members.nodes)
+    }
+    updates = [verdict.update for verdict in verdicts.values() if verdict.update]
+    for site, reason in too_large(plan, updates, settings.max_norm_ratio).items():
+        verdicts[site] = Verdict("refused", reason)
+    updates = [verdict.update for verdict in verdicts.values() if verdict.update]
+    first = number == joined
+    sites = {
+        site: _site_round(
             plan,
             verdict,
             # What joining cost is counted with the first round after it.
-            record_bytes(content) + members.bytes_down.pop(site, 0),
-            members.bytes_up.pop(site, 0)
-            + (record_bytes(answer) if (answer := replies.get(site)) else 0),
+            record_bytes(content) + (members.bytes_down[site] if first else 0),
+            (record_bytes(answer) if (answer := replies.get(site)) else 0)
+            + (members.bytes_up[site] if first else 0),
         )
+        for site, verdict in verdicts.items()
+    }
+    for site, verdict in verdicts.items():
         if verdict.status != "ok":
             log.warning("round %d: %s: %s: %s", number, site, verdict.status, verdict.reason)
             folder.event("not used", round=number, site=site, reason=verdict.reason)

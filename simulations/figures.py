@@ -99,7 +99,7 @@ def dice_by_round(
         figure, axes = new_axes(WIDTH, 205)
         for number, values in curves.items():
             axes.plot(after, values, **_line_style(number))
-        if chosen is not None:
+        if chosen in after:  # a mark outside would leave the axes no room
             axes.axvline(chosen, color=INK, linewidth=1.0, linestyle=(0, (1, 2)), zorder=1)
             axes.annotate(
                 "released",

@@ -35,7 +35,7 @@ def train_alone(
             state,
             settings.epochs,
             settings.batch_size,
-            settings.learning_rate,
+            settings.learning_rate_in(number),
             settings.seed,
             number,
         )

@@ -43,7 +43,8 @@ class Stages:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self._progress.stop()
+        if self._progress.tasks:  # one that never began would print an empty line
+            self._progress.stop()
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int) -> Iterator[Advance]:

@@ -1,14 +1,13 @@
 """Run a federation on Flower's simulation runtime: Ray workers, many cores, GPUs, a cluster.
 
 We start our own SuperLink from an empty folder, because Flower's workers put the folder that
-the SuperLink was started in first on their import path; we watch the run and stop everything
-that we started.
+the SuperLink was started in first on their import path; we watch the run, and everything that
+was started for it ends with it.
 """
 
 import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 
 from dafne_federated.core.errors import RunError
 from dafne_federated.core.versions import software_version
+from dafne_federated.simulations.leftover_processes import MARK, ended_afterwards
 
 _START = 90.0  # seconds to wait for the SuperLink
 _POLL = 1.0  # seconds between two looks at a run
@@ -64,9 +64,10 @@ def run_ray(run: Path, sites: int, threads: int, parallel: int, gpus_per_site: f
             **os.environ,
             **_QUIET,
             "FLWR_HOME": str(home),
+            MARK: scratch,
             "PATH": f"{here}{os.pathsep}{os.environ.get('PATH', '')}",
         }
-        with log.open("ab") as output, _superlink(port, empty, environment, output):
+        with log.open("ab") as output, _superlink(port, Path(scratch), environment, output):
             federation = " ".join(
                 [
                     f"num-supernodes={sites}",
@@ -110,18 +111,24 @@ run = {json.dumps(str(run.resolve()))}
 
 
 @contextlib.contextmanager
-def _superlink(port: int, folder: Path, environment: dict[str, str], output: Any) -> Iterator[None]:
+def _superlink(
+    port: int, scratch: Path, environment: dict[str, str], output: Any
+) -> Iterator[None]:
     command = [
         "flower-superlink",
         *("--insecure", "--simulation", "--isolation", "subprocess"),
         *("--host", "127.0.0.1", "--port", str(port)),
         "--disable-runtime-dependency-installation",
     ]
-    # A session of its own, so that everything it starts, Ray included, ends with it.
-    process = subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True
+    superlink = subprocess.Popen(
+        command,
+        cwd=scratch / "empty",
+        env=environment,
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
     )
-    try:
+    with superlink as process, ended_afterwards(scratch, process.pid):
         end = time.monotonic() + _START
         while not _answers(port):
             if process.poll() is not None or time.monotonic() > end:
@@ -129,8 +136,6 @@ def _superlink(port: int, folder: Path, environment: dict[str, str], output: Any
                 raise RunError(msg)
             time.sleep(0.2)
         yield
-    finally:
-        _stop(process)
 
 
 def _watch(run_id: str, environment: dict[str, str], folder: Path, log: Path) -> None:
@@ -176,13 +181,3 @@ def _answers(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(0.5)
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _stop(process: "subprocess.Popen[bytes]") -> None:
-    for signal_number, wait in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal_number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(wait)
-            if signal_number == signal.SIGKILL:
-                return

@@ -18,6 +18,7 @@ from dafne_federated.core.run_folder import RoundLine, RunFolder, RunResult
 from dafne_federated.simulations.comparison import Comparison, Person, compare, persons_to_show
 from dafne_federated.simulations.figures import Picture, dice_by_arm, dice_by_round, line_swatch
 from dafne_federated.simulations.overlay_pictures import label_swatch, overlay_pictures, upright
+from dafne_federated.simulations.release_check import load_release_check
 from dafne_federated.simulations.test_results import Overlay, load_overlays, load_test_rows
 from dafne_federated.simulations.traffic_figures import traffic_charts
 from dafne_federated.simulations.verdict import counted, verdict
@@ -138,6 +139,7 @@ def write_report(folder: RunFolder) -> Path:
         "plan": plan,
         "rounds": rounds,
         "result": result,
+        "release_check": load_release_check(folder),
         "comparison": comparison,
         "verdict": verdict(info, rounds, result, comparison),
         "sites": sites,

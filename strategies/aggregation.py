@@ -65,9 +65,9 @@ def combine(
     missed, size = 0.0, 0.0
     for target in plan.targets:
         key = target.key
-        if target.kind == "delta":
-            name = f"{key}/delta"
-            state[name] = weighted_mean([u.state[name] for u in ordered], weights)
+        if not target.low_rank:
+            for name in (f"{key}/{part}" for part in target.arrays(plan.rank)):
+                state[name] = weighted_mean([u.state[name] for u in ordered], weights)
             continue
         pairs = [(u.state[f"{key}/a"], u.state[f"{key}/b"]) for u in ordered]
         a, b = combine_pairs(pairs, weights, plan.rank)

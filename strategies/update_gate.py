@@ -1,7 +1,10 @@
 """Turn a site's reply into an update, or into a reason why it is not one."""
 
+import logging
 from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
 from flwr.app import RecordDict
 
 from dafne_federated.core.errors import DafneFederatedError, StateError
@@ -10,19 +13,24 @@ from dafne_federated.core.wire import RoundReply, RoundRequest
 from dafne_federated.core.wire_arrays import take_state
 from dafne_federated.strategies.aggregation import Update
 
+log = logging.getLogger(__name__)
+
+# No trained weight change is anywhere near this; it keeps float32 products from overflowing.
+_LARGEST_VALUE = 1e4
+
 
 @dataclass(frozen=True)
 class Verdict:
     """What became of one reply.
 
     Attributes:
-        status: ``ok``, ``refused`` (here or by the site) or ``failed`` (at the site).
+        status: ``ok``, ``refused`` (here or by the site), ``failed`` (at the site), ``silent``.
         reason: In words; empty if ok.
         reply: The typed half, if it could be read.
         update: The update, if ok and the site trained.
     """
 
-    status: str
+    status: Literal["ok", "refused", "failed", "silent"]
     reason: str = ""
     reply: RoundReply | None = None
     update: Update | None = None
@@ -39,14 +47,15 @@ def judge(
 
     Checked in this order: the message itself; that it answers this round of this run, base and
     plan and comes from this site; that the number of cases is plausible; names, shapes, dtypes
-    and byte counts of the arrays before any of them is parsed; that all values are finite.
+    and byte counts of the arrays before any of them is parsed; that all values are finite and
+    of a size that a weight change can have.
 
     Args:
         site: Registered name of the site that the transport says it comes from.
         content: The reply.
         request: What was asked.
         plan: The plan of the run.
-        max_cases: Largest number of training cases that is believed.
+        max_cases: Largest number of training cases that is believed: what the site offered.
     """
     try:
         reply = RoundReply.from_record(content)
@@ -69,6 +78,13 @@ def judge(
             msg = f"training cases: expected 1 to {max_cases}, got {reply.training_cases}"
             raise StateError(msg)
         state = take_state(content, plan)
+        for key, array in state.items():
+            if (largest := float(np.abs(array).max(initial=0.0))) > _LARGEST_VALUE:
+                msg = f"array {key!r}: expected values within {_LARGEST_VALUE:g}, got {largest:.3g}"
+                raise StateError(msg)
     except DafneFederatedError as error:
         return Verdict("refused", str(error))
+    except Exception:  # what a site sends must never end the round
+        log.exception("a reply of %s cannot be read", site)
+        return Verdict("refused", "its reply cannot be read")
     return Verdict("ok", reply=reply, update=Update(site, state, reply.training_cases))

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from typer.testing import CliRunner
 
-from dafne_federated.cli.app import app
+from dafne_federated.cli.app import app, main
+from dafne_federated.core.errors import DafneFederatedError
+from dafne_federated.core.settings import RunSettings
 
 NAMES = sorted(command.name or "" for command in app.registered_commands)
 
@@ -28,6 +31,12 @@ def test_help_has_an_example(name: str) -> None:
     assert result.exit_code == 0
     assert f"dafne-federated {name}" in " ".join(result.output.split())
     assert "Example" in result.output
+
+
+def test_help_explains_arguments_and_options() -> None:
+    text = " ".join(CliRunner().invoke(app, ["evaluate", "--help"]).output.split())
+    assert "Folder of NIfTI pairs or Dafne bundles" in text
+    assert "Write one line per case and label" in text
 
 
 class Runs:
@@ -102,3 +111,63 @@ def test_mistakes_end_in_one_line(tmp_path: Path, arguments: tuple[str, ...]) ->
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("dafne-federated: ")
     assert not (tmp_path / "new.model").exists()
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def fails() -> None:
+        raise error
+
+    monkeypatch.setattr("dafne_federated.cli.app.app", fails)
+
+
+@pytest.mark.parametrize(
+    ("error", "want"),
+    [
+        (DafneFederatedError("two\nlines \x1b[8m"), r"two\nlines \x1b[8m"),
+        (PermissionError(13, "Permission denied", "/x/y"), "/x/y: Permission denied"),
+        (OSError("disk\nfull"), r"disk\nfull"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_errors_are_one_line_and_status_1(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    want: str,
+) -> None:
+    failing(monkeypatch, error)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == f"dafne-federated: {want}\n"
+
+
+def test_a_value_that_does_not_fit_its_model_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValidationError) as caught:
+        RunSettings(rank=0)
+    failing(monkeypatch, caught.value)
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err == (
+        "dafne-federated: rank: Input should be greater than or equal to 1\n"
+    )
+
+
+def test_other_ends_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (SystemExit(3), KeyError("a fault of ours")):
+        failing(monkeypatch, error)
+        with pytest.raises(type(error)):
+            main()
+
+
+def test_a_home_that_cannot_be_written_ends_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DAFNE_FEDERATED_HOME", str(tmp_path / "file" / "home"))
+    (tmp_path / "a.model").write_bytes(model_with([np.ones(2, np.float32)]))
+    done = run("approve", "a.model", "--yes", cwd=tmp_path)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1, done.stderr

@@ -16,7 +16,6 @@ from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 from dafne_federated.client.app import app  # noqa: E402
 from dafne_federated.core.adapters import AdaptedNetwork  # noqa: E402
 from dafne_federated.core.approvals import Approvals  # noqa: E402
-from dafne_federated.core.files import sha256  # noqa: E402
 from dafne_federated.core.model_file import read_model  # noqa: E402
 from dafne_federated.core.model_runtime import RunningModel  # noqa: E402
 from dafne_federated.core.new_run import make_plan  # noqa: E402
@@ -98,7 +97,8 @@ class SiteUnderTest:
             learning_rate=0.01,
             seed=1,
         ).model_copy(update=changes)
-        return self.ask(request.to_record(initial_state(plan, 0)), "train.round")
+        kind = "train.round" if epochs else "evaluate.state"
+        return self.ask(request.to_record(initial_state(plan, 0)), kind)
 
 
 MakeSite = Callable[..., SiteUnderTest]
@@ -248,5 +248,27 @@ def test_approval_can_be_taken_back(ready: SiteUnderTest, plan: AdaptationPlan) 
     assert RoundReply.from_record(ready.round(plan)).status == "ok"
     ready.approvals.path.unlink()
     reply = RoundReply.from_record(ready.round(plan))
-    assert reply.status == "refused"
-    assert sha256(b"") not in reply.reason
+    assert (reply.status, "not approved at this site" in reply.reason) == ("refused", True)
+
+
+def test_not_even_broken_settings_give_a_path_away(
+    ready: SiteUnderTest, plan: AdaptationPlan
+) -> None:
+    ready.approvals.path.write_text("{")
+    content = ready.round(plan)
+    assert RoundReply.from_record(content).status == "failed"
+    assert str(ready.path) not in str(content)
+    (ready.path / "site.json").write_text("{")
+    for kind in ("query.offer", "train.base", "train.round", "evaluate.state"):
+        assert not ready.ask(RecordDict({}), kind)  # no error with a text, and no record
+
+
+def test_only_what_was_agreed_to_in_this_run_is_trained(
+    ready: SiteUnderTest, plan: AdaptationPlan
+) -> None:
+    for change, words in (
+        ({"run": "1" * 32}, "never offered to this site in this run"),
+        ({"base_digest": "c" * 64}, "the plan belongs to base"),
+    ):
+        reply = RoundReply.from_record(ready.round(plan, **change))
+        assert (reply.status, words in reply.reason) == ("refused", True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dafne_federated.core.approvals import Approvals, home_folder
-from dafne_federated.core.errors import ApprovalError
+from dafne_federated.core.errors import ApprovalError, SettingsError
 from dafne_federated.core.model_file import ModelFile
 
 MODEL = ModelFile(
@@ -25,7 +25,7 @@ MODEL = ModelFile(
 
 def test_approval_is_kept_and_is_for_these_bytes_only(tmp_path: Path) -> None:
     approvals = Approvals(tmp_path / "list.json")
-    with pytest.raises(ApprovalError, match="Thigh holds program text .* nobody here"):
+    with pytest.raises(ApprovalError, match=r"Thigh holds program text .* nobody here"):
         approvals.require(MODEL)
     approvals.add(MODEL, "looked at it")
     Approvals(tmp_path / "list.json").require(MODEL)
@@ -38,7 +38,7 @@ def test_approval_is_kept_and_is_for_these_bytes_only(tmp_path: Path) -> None:
 def test_a_damaged_list_approves_nothing(tmp_path: Path) -> None:
     for text in ("{", "[1]"):
         (tmp_path / "list.json").write_text(text)
-        with pytest.raises(ApprovalError):
+        with pytest.raises(SettingsError):
             Approvals(tmp_path / "list.json").allows(MODEL.digest)
 
 

@@ -8,6 +8,7 @@ from dafne_federated.core.metrics import (
     agreement,
     dice,
     hd95,
+    judged,
     mean,
     mean_dice,
     volume_error,
@@ -55,10 +56,12 @@ def test_a_label_that_was_not_annotated_is_not_judged() -> None:
 
 
 def test_every_label_counts_the_same_in_the_mean() -> None:
-    def row(label: str, value: float | None) -> Agreement:
-        return Agreement("case", label, value, None, None)
+    def row(label: str, value: float | None, volume: float | None = 0.0) -> Agreement:
+        return Agreement("case", label, value, None, volume)
 
-    rows = [row("a", 1.0), row("a", 0.0), row("a", None), row("b", 0.9)]
+    absent = [row("a", None, None), row("b", 0.0, None)]  # right, and wrong, about nothing
+    rows = [row("a", 1.0), row("a", 0.0), row("b", 0.9), *absent]
     assert mean_dice(rows) == pytest.approx((0.5 + 0.9) / 2)
+    assert judged(absent) == []
     assert mean([]) is None
     assert mean([None, 2.0]) == 2.0

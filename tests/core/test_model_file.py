@@ -175,3 +175,78 @@ def test_another_pickle_is_not_a_model() -> None:
     pickle.dump([1, 2], buffer)
     with pytest.raises(ModelFileError, match="expected a dictionary with a 'model_id', got list"):
         parse_model(buffer.getvalue())
+
+
+@pytest.mark.parametrize("stamp", [10**18, -1, True, 1.5, None])
+def test_versions_are_seconds_that_a_calendar_knows(stamp: Any) -> None:
+    with pytest.raises(ModelFileError, match="expected a whole timestamp_id"):
+        parse_model(pickle.dumps(content(timestamp_id=stamp), protocol=4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data_dimensionality": 4}, "data_dimensionality: expected 2 or 3, got 4"),
+        ({"data_dimensionality": np.array([2, 3])}, "data_dimensionality: expected int"),
+        ({"is_delta": np.array([True, False])}, "is_delta: expected bool, got ndarray"),
+        ({"type": ["a"]}, "type: expected str, got list"),
+        ({"model_id": "\ud800"}, "not Unicode"),
+    ],
+)
+def test_fields_of_another_kind_are_named(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ModelFileError, match=words):
+        parse_model(pickle.dumps(content(**changes), protocol=4))
+
+
+def test_keys_that_are_not_text_are_left_out() -> None:
+    odd = {5: 1, ("x_function",): "text", **content()}
+    assert sorted(parse_model(pickle.dumps(odd, protocol=4)).functions) == sorted(
+        key for key in content() if key.endswith("_function")
+    )
+
+
+@pytest.mark.parametrize("metadata", ["text", [1], {"ewc": np.ones(2)}, {"raw": b"x"}, {1: 2}])
+def test_any_metadata_is_read_but_only_json_is_written(metadata: Any) -> None:
+    found = parse_model(pickle.dumps(content(metadata=metadata), protocol=4))
+    if isinstance(metadata, dict):
+        assert found.metadata.keys() == metadata.keys()
+        with pytest.raises(ModelFileError, match="metadata is not JSON"):
+            serialise_model(found)
+        assert "its metadata is not JSON" in (why_not_adaptable(found) or "")
+    else:
+        assert found.metadata == {"metadata": metadata}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def f(:\n",
+        "x\x00y",
+        "def f():\n    LABELS_DICT = " + "(" * 500 + "1" + ")" * 500 + "\n",
+        "def f():\n    LABELS_DICT = " + "-" * 100_000 + "1\n",
+        "def f():\n    LABELS_DICT = {[]: 1}\n",
+        "def f():\n    LABELS_DICT = {'a': 'x'}\n",
+        "def f():\n    LABELS_DICT = {None: 'x'}\n",
+        "def f():\n    LABELS_DICT = {1.5: 'x'}\n",
+        "def f():\n    LABELS_DICT = {1: 2}\n",
+        "def f():\n    LABELS_DICT = {1: '\\ud800'}\n",
+        "def f():\n    LABELS_DICT = 3\n",
+    ],
+    ids=lambda source: source[-24:].replace("\n", " ").replace("\x00", "NUL"),
+)
+def test_sources_without_readable_labels_state_none(source: str) -> None:
+    functions = {"apply_model_function": source, "incremental_learn_function": source}
+    assert model_labels(parse_model(pickle.dumps(content(**functions), protocol=4))) is None
+
+
+def test_sources_that_are_not_python_have_no_constants() -> None:
+    for source in ("def f(:\n", "x\x00y", "-" * 100_000, "def f():\n    A = {[]: 1}\n"):
+        assert function_constants(source) == {}
+
+
+def test_constants_inside_an_array_are_seen() -> None:
+    source = (
+        "def f():\n    A = np.array([1.037037, 2])\n    B = np.array([x])\n"
+        "    C = numpy.array((1, 2))\n    D = np.array([1.5], dtype=int)\n    E = list([1])\n"
+    )
+    assert function_constants(source) == {"A": [1.037037, 2], "C": (1, 2)}

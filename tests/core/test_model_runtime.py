@@ -10,7 +10,7 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("backend")]
 
 from dafne_federated.core.approvals import Approvals  # noqa: E402
-from dafne_federated.core.errors import ApprovalError, ModelFileError  # noqa: E402
+from dafne_federated.core.errors import ApprovalError, DataError, ModelFileError  # noqa: E402
 from dafne_federated.core.evaluation import evaluate_case  # noqa: E402
 from dafne_federated.core.metrics import mean_dice  # noqa: E402
 from dafne_federated.core.model_file import ModelFile, read_model, write_model  # noqa: E402
@@ -179,3 +179,87 @@ def test_a_model_that_dafne_cannot_build_gets_one_error(trained: Any, file: Mode
     trained.approvals.add(written, "test")
     with pytest.raises(ModelFileError, match="cannot build this model: ValueError: no such layer"):
         RunningModel(written, trained.approvals)
+
+
+def changed(trained: Any, file: ModelFile, **functions: str) -> RunningModel:
+    """The model with other functions, approved."""
+    other = replace(file, functions={**file.functions, **functions})
+    written = write_model(other, trained.path.parent / "changed.model")
+    trained.approvals.add(written, "test")
+    return RunningModel(written, trained.approvals)
+
+
+LABELS = "    LABELS_DICT = {1: 'bright', 2: 'dark'}\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("return None", "returned a NoneType, expected masks by label name"),
+        ("return {'bright': [[1]]}", "mask of another size for 'bright'.*got \\(1, 1\\)"),
+        ("return {'bright_L': d['image']}", "unknown label 'bright_L'"),
+        ("return d['nothing']", "case 'new': the model's apply function failed: KeyError"),
+        ("raise SystemExit(0)", "case 'new': the model's apply function failed: SystemExit: 0"),
+        ("raise ValueError('two\\nlines')", "ValueError: two lines"),
+    ],
+)
+def test_an_apply_function_that_fails_is_one_error(
+    trained: Any, file: ModelFile, make_case: Any, body: str, words: str
+) -> None:
+    source = f"def apply(m, d):\n{LABELS}    {body}\n"
+    running = changed(trained, file, apply_model_function=source)
+    with pytest.raises(ModelFileError, match=words) as caught:
+        running.apply(make_case("new", 84))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("def learn(*a):\n    raise KeyError('x')\n", "training function failed: KeyError: 'x'"),
+        ("def learn(*a):\n    raise SystemExit\n", "training function failed: SystemExit"),
+        ("learn = 3\n", "training function failed: TypeError"),
+        ("def learn(m, *a):\n    m.model.optimizer.lr = 3\n", "uses 'optimizer'"),
+    ],
+)
+def test_a_training_function_that_fails_is_one_error(
+    trained: Any, file: ModelFile, make_case: Any, source: str, words: str
+) -> None:
+    running = changed(trained, file, incremental_learn_function=source)
+    with pytest.raises(ModelFileError, match=words):
+        running.prepare(make_case("new", 85))
+
+
+def test_a_key_press_still_ends_the_program(trained: Any, file: ModelFile, make_case: Any) -> None:
+    source = "def learn(*a):\n    raise KeyboardInterrupt\n"
+    with pytest.raises(KeyboardInterrupt):
+        changed(trained, file, incremental_learn_function=source).prepare(make_case("new", 86))
+
+
+def test_a_model_that_exits_while_it_is_built_gets_one_error(trained: Any, file: ModelFile) -> None:
+    source = "def init():\n    raise SystemExit(3)\n"
+    with pytest.raises(ModelFileError, match="cannot build this model: SystemExit: 3"):
+        changed(trained, file, init_model_function=source)
+
+
+def test_preprocessing_that_fails_names_the_case(
+    trained: Any, file: ModelFile, make_case: Any
+) -> None:
+    case = make_case("new", 87)
+    case.image[10:20, 10:20, 0] = np.inf
+    with pytest.raises(DataError, match="case 'new': a slice has no signal"):
+        RunningModel(file, trained.approvals).prepare(case)
+
+
+def test_each_label_has_one_name_in_all_functions(trained: Any, file: ModelFile) -> None:
+    apply, learn = (
+        str(file.functions[key]) for key in ("apply_model_function", "incremental_learn_function")
+    )
+    twice = {
+        "apply_model_function": apply.replace("'dark'", "'bright'"),
+        "incremental_learn_function": learn.replace("'dark'", "'bright'"),
+    }
+    with pytest.raises(ModelFileError, match="expected a name of its own for each label"):
+        changed(trained, file, **twice)
+    with pytest.raises(ModelFileError, match="other labels than its apply function"):
+        changed(trained, file, incremental_learn_function=learn.replace("'dark'", "'grey'"))

@@ -1,5 +1,6 @@
 """A plan travels as text unchanged, names its targets, and refuses what it cannot do."""
 
+import numpy as np
 import pytest
 
 from dafne_federated.core.errors import AdapterError, MessageError
@@ -73,6 +74,38 @@ def test_shapes_at_a_rank(plan: AdaptationPlan) -> None:
     assert shapes["0004/a"] == (8, 3)
     assert shapes["0004/b"] == (3, 3, 3, 4)
     assert shapes["0006/delta"] == (3, 3, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "scale"),
+    [
+        ("scale", (3, 3, 4, 8), (8,)),
+        ("scale", (8,), (8,)),
+        ("scale-transpose", (2, 2, 5, 8), (5, 1)),
+        ("scale-depthwise", (3, 3, 4, 2), (4, 2)),
+    ],
+)
+def test_a_scale_has_one_value_for_each_output_channel(
+    kind: str, shape: tuple[int, ...], scale: tuple[int, ...]
+) -> None:
+    target = Target.model_validate({"key": "0000", "layer": "x", "kind": kind, "shape": shape})
+    assert not target.low_rank
+    assert target.arrays(4) == {"scale": scale}
+    assert np.broadcast_shapes(shape, scale) == shape
+
+
+def test_parameters_are_counted_at_the_rank_of_the_plan(plan: AdaptationPlan) -> None:
+    pair, turned = 2 * (3 * 3 * 4 + 8), 2 * (8 + 3 * 3 * 4)
+    assert plan.parameters == pair + turned + 3 * 3 * 4 * 8 + 8
+    assert plan.wire_bytes == 4 * plan.parameters
+
+
+@pytest.mark.parametrize("kind", ["conv", "conv-transpose", "dense", "scale-transpose"])
+def test_kinds_need_their_axes(kind: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"{kind}: expected a shape of at least 2 axes, got \(5,\)"
+    ):
+        Target.model_validate({"key": "0000", "layer": "x", "kind": kind, "shape": (5,)})
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import collections
 import os
 import pickle
+import struct
 import uuid
 from pathlib import Path
 from typing import Any
@@ -138,4 +139,119 @@ def test_only_plain_arrays(code: str) -> None:
 )
 def test_what_is_not_a_whole_pickle_gets_one_clear_error(data: bytes) -> None:
     with pytest.raises(ModelFileError, match="not a complete Dafne model"):
+        read_pickle(data)
+
+
+def bomb(depth: int) -> bytes:
+    """A pickle of some hundred bytes that stands for 2**depth texts."""
+    value: Any = "text"
+    for _ in range(depth):
+        value = [value, value]
+    return pickle.dumps({"model_id": "a", "metadata": value}, protocol=4)
+
+
+def test_shared_lists_are_counted_as_often_as_they_are_met() -> None:
+    read_pickle(bomb(10))
+    assert len(bomb(40)) < 400
+    with pytest.raises(ModelFileError, match="unfolds into far more than it holds"):
+        read_pickle(bomb(40))
+
+
+@pytest.mark.parametrize("put", [b"r" + struct.pack("<I", 2**28), b"p268435456\n"])
+def test_a_high_memo_number_makes_no_room(put: bytes) -> None:
+    with pytest.raises(ModelFileError, match="too many steps"):
+        read_pickle(b"\x80\x04N" + put + b".")
+
+
+def test_too_many_steps_are_refused() -> None:
+    with pytest.raises(ModelFileError, match="too many steps"):
+        read_pickle(b"\x80\x04(" + b"N0" * 600_000 + b"l.")
+
+
+def test_arrays_that_share_their_bytes_do_not_add_up_to_more_than_the_file() -> None:
+    from numpy.core.multiarray import _reconstruct  # type: ignore[attr-defined]
+
+    raw = bytes(10_000)
+
+    class Shares:
+        def __reduce__(self) -> Any:
+            state = (1, (2500,), np.dtype("<f4"), False, raw)
+            return _reconstruct, (np.ndarray, (0,), b"b"), state
+
+    assert len(read_pickle(pickle.dumps([Shares() for _ in range(3)], protocol=4))) == 3
+    with pytest.raises(ModelFileError, match="unfolds into far more than it holds"):
+        read_pickle(pickle.dumps([Shares() for _ in range(3000)], protocol=4))
+
+
+@pytest.mark.parametrize("call", [np.dtype, collections.OrderedDict, dill._dill._import_module])
+def test_what_would_multiply_a_list_takes_none(call: Any) -> None:
+    value: Any = ["f", "4"]
+    for _ in range(40):
+        value = [value, value]
+    with pytest.raises(ModelFileError):
+        read_pickle(pickle.dumps([Runs(call, value)], protocol=4))
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [("\ud800", "not Unicode"), (1 << 200, "whole number of 201 bits")],
+)
+def test_values_that_cannot_be_shown_are_refused(value: Any, words: str) -> None:
+    with pytest.raises(ModelFileError, match=words):
+        read_pickle(pickle.dumps({"a": [value]}, protocol=4))
+
+
+def tensor(size: tuple[int, ...], stride: tuple[int, ...], offset: int = 0) -> bytes:
+    """A pickle of a float32 tensor over the storage 1, 2."""
+    import io
+
+    from torch._utils import _rebuild_tensor_v2
+    from torch.storage import _load_from_bytes
+
+    buffer = io.BytesIO()
+    storage = torch.tensor([1.0, 2.0])._typed_storage()
+    torch.save(storage, buffer, _use_new_zipfile_serialization=False)
+    inner = Runs(_load_from_bytes, buffer.getvalue())
+    rest = (offset, size, stride, False, collections.OrderedDict())
+    return pickle.dumps([Runs(_rebuild_tensor_v2, inner, *rest)], protocol=4)
+
+
+def test_tensors_within_their_storage_are_read() -> None:
+    np.testing.assert_array_equal(read_pickle(tensor((2,), (1,)))[0], [1, 2])
+    np.testing.assert_array_equal(read_pickle(tensor((1,), (1,), 1))[0], [2])
+    np.testing.assert_array_equal(read_pickle(tensor((2,), (0,)))[0], [1, 1])
+    assert read_pickle(tensor((0, 3), (3, 1)))[0].shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "offset"),
+    [((300_000_000,), (0,), 0), ((100,), (1,), 0), ((2,), (1,), 1), ((2,), (-1,), 1)],
+    ids=["stride 0", "too large", "beyond the end", "backwards"],
+)
+def test_tensors_beyond_their_storage_are_refused(
+    size: tuple[int, ...], stride: tuple[int, ...], offset: int
+) -> None:
+    with pytest.raises(ModelFileError, match="does not fit the 2 values that the file holds"):
+        read_pickle(tensor(size, stride, offset))
+
+
+@pytest.mark.parametrize("old_format", [True, False])
+def test_what_torch_refuses_is_said_in_our_words(tmp_path: Path, old_format: bool) -> None:
+    import io
+
+    from torch.storage import _load_from_bytes
+
+    buffer = io.BytesIO()
+    attack = Runs(os.system, f"touch {tmp_path / 'it-ran'}")
+    torch.save(attack, buffer, _use_new_zipfile_serialization=not old_format)
+    words = "nothing was executed" if old_format else "in the format that torch pickles them"
+    with pytest.raises(ModelFileError, match=words) as caught:
+        read_pickle(pickle.dumps([Runs(_load_from_bytes, buffer.getvalue())], protocol=4))
+    assert "weights_only" not in str(caught.value)
+    assert not (tmp_path / "it-ran").exists()
+
+
+def test_a_dtype_that_numpy_lacks_is_named() -> None:
+    data = pickle.dumps({"a": torch.zeros(2, dtype=torch.bfloat16)}, protocol=4)
+    with pytest.raises(ModelFileError, match=r"dtype torch\.bfloat16"):
         read_pickle(data)

@@ -32,7 +32,7 @@ def lines(*means: float) -> list[RoundLine]:
 def test_the_best_round_is_chosen() -> None:
     number, reason = choose_round(lines(0.5, 0.6, 0.7, 0.65), SETTINGS)
     assert number == 2
-    assert "round 2 has the best mean Dice" in reason
+    assert "round 2 has the largest gain in mean Dice" in reason
 
 
 def test_no_gain_is_no_release() -> None:
@@ -52,6 +52,14 @@ def test_a_label_that_falls_at_one_site_stops_a_state_that_gains_on_average() ->
     assert choose_round(rounds, SETTINGS)[0] == 2  # within the margin, and better on average
 
 
+def test_only_what_was_measured_for_both_is_compared() -> None:
+    base = {"a": {"x": 0.60}}
+    late = {"a": {"x": 0.59}, "b": {"x": 0.95}}  # b was silent when the base was measured
+    assert "does not rise (0.600 to 0.590)" in why_not(base, late, 0.05)
+    other = {"a": {"x": 0.59, "y": 0.95}}
+    assert "does not rise" in why_not({"a": {"x": 0.60, "y": None}}, other, 0.05)
+
+
 def test_a_measurement_that_vanishes_is_not_a_gain() -> None:
     reason = why_not({"a": {"x": 0.5}}, {"a": {"x": None}}, 0.05)
     assert reason == "x of a was measured for the base but not for this state"
@@ -61,7 +69,8 @@ def test_without_any_measurement_nothing_is_released_unless_the_settings_say_so(
     rounds = [line(1, a={"x": None}), line(2, a={"x": None})]
     assert choose_round(rounds, SETTINGS) == (
         None,
-        "no state passed the gate: round 1: no site measured a Dice",
+        "no state passed the gate: round 1: no site measured a Dice for the base and for this "
+        "state",
     )
     number, reason = choose_round(rounds, RunSettings(gate="none"))
     assert number == 1

@@ -86,8 +86,8 @@ def test_a_run_stopped_anywhere_ends_in_the_same_bits(
         run_rounds(grid, folder)
     assert len(folder.rounds()) == stopped_in - 1
     # What a kill in the middle of writing leaves behind must not matter.
-    with (folder.path / "rounds.jsonl").open("a") as file:
-        file.write('{"round": 99, "trai')
+    with (folder.path / "events.jsonl").open("a") as file:
+        file.write('{"event": "si')
     (folder.path / "checkpoints").mkdir(exist_ok=True)
     (folder.path / "checkpoints" / ".round-0009.npz.tmp").write_bytes(b"half")
 
@@ -141,6 +141,78 @@ def test_a_bad_site_costs_the_others_nothing(
     assert words in bad.reason
     assert "secret" not in (folder.path / "rounds.jsonl").read_text()
     assert final(folder) == final(alone)
+
+
+def huge(message: Message, content: RecordDict) -> RecordDict:
+    from flwr.app import Array
+
+    if message.metadata.message_type == "train.round":
+        content.array_records["arrays"]["0006/delta"] = Array(np.full((1, 1, 4, 3), 9e3, "f4"))
+    return content
+
+
+def boast(message: Message, content: RecordDict) -> RecordDict:
+    if message.metadata.message_type == "train.round":
+        content.metric_records["metrics"]["training-cases"] = 1000
+    return content
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [(huge, "its update is too large"), (boast, "training cases: expected 1 to 3, got 1000")],
+)
+def test_an_update_out_of_proportion_is_refused(
+    new_run: Make, make_grid: Make, spoil: Any, words: str
+) -> None:
+    alone = new_run()
+    run_rounds(make_grid(alone, "acd"), alone)
+    folder = new_run()
+    grid = make_grid(folder, "abcd")
+    list(grid.sites.values())[1].change = spoil
+    run_rounds(grid, folder)
+    assert words in folder.rounds()[0].sites["site-b"].reason
+    assert final(folder) == final(alone)
+
+
+def test_sites_may_change_between_a_stop_and_going_on(new_run: Make, make_grid: Make) -> None:
+    from dafne_federated.core.run_folder import RunFolder as Folder
+    from dafne_federated.server.release import provenance
+
+    folder = new_run()
+    grid = make_grid(folder, "abc")
+
+    def stop(message: Message, content: RecordDict) -> RecordDict:
+        if message.metadata.group_id == "2":
+            raise KeyboardInterrupt
+        return content
+
+    next(iter(grid.sites.values())).change = stop
+    with pytest.raises(KeyboardInterrupt):
+        run_rounds(grid, folder)
+    run_rounds(make_grid(folder, "ab"), folder)
+    again = Folder(folder.path)
+    history = provenance(again.info(), again.plan(), again.rounds(), 3)
+    assert (history["sites"], history["training_cases"]) == (3, 9)
+
+
+def test_only_one_process_runs_a_folder(new_run: Make) -> None:
+    import subprocess
+    import sys
+
+    folder = new_run()
+    code = (
+        "import sys; from pathlib import Path; "
+        "from dafne_federated.core.run_folder import RunFolder; "
+        "RunFolder(Path(sys.argv[1])).lock().__enter__()"
+    )
+    with folder.lock():
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(folder.path)], capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+    assert "another process is running the rounds" in done.stderr
+    with folder.lock():
+        pass
 
 
 def test_too_few_updates_end_the_run_with_the_reasons(new_run: Make, make_grid: Make) -> None:

@@ -1,5 +1,6 @@
 """A whole simulation: base in, rounds, release that the real Dafne opens, report; both engines."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -7,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,23 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("backend")]
 
 from dafne_federated.core.approvals import Approvals  # noqa: E402
 from dafne_federated.core.dataset import open_folder  # noqa: E402
-from dafne_federated.core.errors import ApprovalError  # noqa: E402
+from dafne_federated.core.errors import (  # noqa: E402
+    ApprovalError,
+    DataError,
+    RunError,
+    SettingsError,
+)
 from dafne_federated.core.model_file import read_model, write_model  # noqa: E402
 from dafne_federated.core.run_folder import RunFolder  # noqa: E402
 from dafne_federated.core.settings import RunSettings  # noqa: E402
 from dafne_federated.server.release import adapted_model  # noqa: E402
 from dafne_federated.simulations.partition import PartitionSettings  # noqa: E402
+from dafne_federated.simulations.preparation import Simulation  # noqa: E402
 from dafne_federated.simulations.progress import Stages  # noqa: E402
-from dafne_federated.simulations.simulate import (  # noqa: E402
-    Simulation,
-    release_difference,
-    simulate,
-)
+from dafne_federated.simulations.release_check import load_release_check  # noqa: E402
+from dafne_federated.simulations.simulate import simulate  # noqa: E402
 from dafne_federated.simulations.test_results import load_test_rows  # noqa: E402
+from dafne_federated.simulations.testing import release_difference  # noqa: E402
 
 SETTINGS = RunSettings(rounds=2, epochs=3, threads=2, device="cpu", margin=0.2, max_rank=8)
 
@@ -119,7 +124,14 @@ def test_dafnes_local_provider_finds_the_release(done: RunFolder, tmp_path: Path
 
 def test_the_release_computes_what_was_evaluated(done: RunFolder, squares_folder: Path) -> None:
     folder = open_folder(squares_folder)
-    assert release_difference(done, folder.cases[0], folder.labels) < 1e-5
+    difference = release_difference(done, folder.cases[0], folder.labels)
+    assert difference is not None
+    assert difference < 1e-5
+    kept = load_release_check(done)
+    assert kept is not None
+    assert kept.difference < 1e-5
+    words = "argest difference between the released file and the adapted network"
+    assert words in done.report.read_text()
 
 
 def test_only_the_planned_weights_differ_from_the_base(done: RunFolder) -> None:
@@ -156,12 +168,158 @@ def test_a_second_run_of_the_same_seed_ends_in_the_same_bits(
     assert again.result().release_digest != done.result().release_digest  # another time
 
 
-def test_a_finished_run_can_be_opened_again(
-    done: RunFolder, run_one: Callable[..., RunFolder]
+def written(folder: RunFolder) -> dict[str, int]:
+    files = (path for path in folder.path.rglob("*") if path.is_file())
+    return {str(path): path.stat().st_mtime_ns for path in files if path.name != "report.html"}
+
+
+def test_a_finished_run_opened_again_does_nothing_but_the_report(
+    done: RunFolder, trained: Any, squares_folder: Path
 ) -> None:
-    before = done.result()
-    run_one("ignored", run=done.path)
-    assert done.result() == before
+    before = written(done)
+    assert sorted(path.name for path in (done.path / "local").iterdir()) == [
+        "clinic.npz",
+        "hospital.npz",
+    ]
+    for again in (
+        Simulation(done.path),
+        Simulation(done.path, data=squares_folder, base=trained.path, settings=SETTINGS),
+    ):
+        with Stages(quiet=True) as stages:
+            simulate(again, stages)
+    assert written(done) == before
+
+
+@pytest.mark.parametrize("lost", [("test.json",), ("test.json", "local/hospital.npz"), ()])
+def test_a_kill_between_stages_goes_on_with_the_next(
+    done: RunFolder, tmp_path: Path, lost: tuple[str, ...]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(done.path, run)
+    for name in (*lost, "release-check.json", "report.html"):
+        (run / name).unlink()
+    kept = (run / "local" / "clinic.npz").stat().st_mtime_ns
+    with Stages(quiet=True) as stages:
+        folder = simulate(Simulation(run), stages)
+    assert load_test_rows(folder) == load_test_rows(done)
+    assert load_release_check(folder) == load_release_check(done)
+    assert (run / "local" / "clinic.npz").stat().st_mtime_ns == kept
+    for name in ("clinic", "hospital"):
+        file = f"local/{name}.npz"
+        assert (run / file).read_bytes() == (done.path / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"settings": RunSettings(rounds=7)}, "started with rounds 2, got 7; choose another"),
+        ({"settings": RunSettings(seed=1, margin=0.5)}, "started with margin 0.2, got 0.5"),
+        ({"partition": PartitionSettings(divide=2)}, "started with divide null, got 2"),
+        ({"partition": PartitionSettings(shares=(3, 1, 1))}, "started with shares"),
+        ({"local_only": False}, "started with local-only true, got false"),
+        ({"given": frozenset({"base-epochs", "data"})}, "started with data .*, got null"),
+    ],
+)
+def test_other_options_than_the_run_was_started_with_are_refused_by_name(
+    done: RunFolder, changes: dict[str, Any], words: str
+) -> None:
+    with Stages(quiet=True) as stages, pytest.raises(SettingsError, match=words):
+        simulate(Simulation(done.path, **changes), stages)
+
+
+def test_another_base_than_the_run_was_started_with_is_refused(
+    done: RunFolder, trained: Any, tmp_path: Path
+) -> None:
+    from dataclasses import replace
+
+    write_model(replace(read_model(trained.path), timestamp_id=5), tmp_path / "other.model")
+    other = Simulation(done.path, base=tmp_path / "other.model")
+    with Stages(quiet=True) as stages, pytest.raises(SettingsError, match="started with base"):
+        simulate(other, stages)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "partition.json: not found"), ("{}", "partition.json: data: Field required")],
+)
+def test_a_run_without_a_whole_partition_is_refused(
+    done: RunFolder, tmp_path: Path, content: str | None, words: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(done.path, run)
+    (run / "partition.json").unlink()
+    if content is not None:
+        (run / "partition.json").write_text(content)
+    with Stages(quiet=True) as stages, pytest.raises(RunError, match=words):
+        simulate(Simulation(run), stages)
+
+
+def test_a_start_that_was_cut_short_starts_again(
+    done: RunFolder, run_one: Callable[..., RunFolder], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    (run / "sites").mkdir(parents=True)
+    left = json.loads((done.path / "sites" / "clinic.json").read_text())
+    left |= {"name": "gone", "cache": str((run / "cache" / "gone").resolve())}
+    (run / "sites" / "gone.json").write_text(json.dumps(left))
+    (run / "partition.json").write_text("{")
+    folder = run_one("cut short", run=run)
+    assert sorted(path.stem for path in (run / "sites").iterdir()) == ["clinic", "hospital"]
+    assert folder.result().content_digest == done.result().content_digest
+
+
+def test_settings_of_sites_that_are_not_ours_stay(
+    done: RunFolder, run_one: Callable[..., RunFolder], tmp_path: Path
+) -> None:
+    (tmp_path / "sites").mkdir()
+    shutil.copy(done.path / "sites" / "clinic.json", tmp_path / "sites" / "clinic.json")
+    with pytest.raises(RunError, match="not written by a simulation here"):
+        run_one("foreign", run=tmp_path)
+    assert (tmp_path / "sites" / "clinic.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "words"),
+    [
+        (
+            {"partition": PartitionSettings(shares=(2, 0, 1))},
+            SettingsError,
+            "no site has validation persons.*--gate none",
+        ),
+        ({"partition": PartitionSettings(divide=2)}, SettingsError, "validation persons"),
+        (
+            {"partition": PartitionSettings(sites=1)},
+            SettingsError,
+            "at least min-sites 2 sites, got 1",
+        ),
+        ({"base": None}, SettingsError, "no base: give a .model"),
+    ],
+)
+def test_what_cannot_end_well_is_refused_before_anything_is_written(
+    run_one: Callable[..., RunFolder],
+    tmp_path: Path,
+    changes: dict[str, Any],
+    kind: type[Exception],
+    words: str,
+) -> None:
+    with pytest.raises(kind, match=words):
+        run_one("refused", run=tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_case_without_a_label_map_is_refused_by_name(
+    run_one: Callable[..., RunFolder], squares_folder: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(squares_folder, data)
+    table = data / "participants.csv"
+    table.write_text(table.read_text().replace("labels/clinic-2.nii.gz", ""))
+    with pytest.raises(DataError, match="case 'clinic-2': expected a label map"):
+        run_one("refused", data=data, run=tmp_path / "run")
+    shutil.copy(squares_folder / "participants.csv", table)
+    (data / "dataset.json").write_text('{"labels": {"1": "tibia", "2": "dark matter"}}')
+    with pytest.raises(DataError, match=r"labels of the model, \['bright', 'dark'\], got"):
+        run_one("refused", data=data, run=tmp_path / "run")
 
 
 def test_a_base_that_is_not_approved_is_not_run(
@@ -200,19 +358,81 @@ def test_a_killed_simulation_goes_on_and_ends_in_the_same_bits(
     assert len(RunFolder(run).rounds()) >= moment
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
+    assert finished.stderr == ""
+    assert "largest difference between the released file and the adapted network" in (
+        finished.stdout
+    )
     assert RunFolder(run).result().content_digest == done.result().content_digest
+
+
+def descendants(process: int) -> set[int]:
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True)
+    pairs = [tuple(map(int, line.split())) for line in listed.stdout.splitlines()]
+    found = {process}
+    while more := {own for own, parent in pairs if parent in found} - found:
+        found |= more
+    return found - {process}
+
+
+def alive(processes: set[int]) -> set[int]:
+    listed = subprocess.run(["ps", "-eo", "pid=,stat="], capture_output=True, text=True, check=True)
+    pairs = [line.split() for line in listed.stdout.splitlines()]
+    return processes & {int(number) for number, state in pairs if not state.startswith("Z")}
 
 
 @pytest.mark.simulation
 def test_ray_gives_the_same_result_and_leaves_nothing_running(
-    done: RunFolder, run_one: Callable[..., RunFolder]
+    done: RunFolder, trained: Any, squares_folder: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("ray")
-    folder = run_one("ray", engine="ray", parallel=1)
-    assert folder.result().content_digest == done.result().content_digest
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
-    ours = [line for line in listed.stdout.splitlines() if "flower-superlink" in line]
-    assert ours == []
+    with ray_simulation(trained, squares_folder, tmp_path) as process:
+        seen: set[int] = set()
+        while process.poll() is None:
+            seen |= descendants(process.pid)
+            time.sleep(0.3)
+        assert process.returncode == 0
+    assert RunFolder(tmp_path / "run").result().content_digest == done.result().content_digest
+    assert len(seen) > 5  # SuperLink, executors, Ray and its workers
+    assert alive(seen) == set()
+
+
+@pytest.mark.simulation
+def test_after_a_kill_of_the_simulation_ray_and_flower_end(
+    trained: Any, squares_folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("ray")
+    with ray_simulation(trained, squares_folder, tmp_path) as process:
+        seen: set[int] = set()
+        while process.poll() is None and not RunFolder(tmp_path / "run").rounds():
+            seen |= descendants(process.pid)
+            time.sleep(0.3)
+        seen |= descendants(process.pid)
+        assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+    assert len(seen) > 5
+    end = time.monotonic() + 40
+    while alive(seen) and time.monotonic() < end:
+        time.sleep(0.5)
+    assert alive(seen) == set()
+    assert not list((tmp_path / "scratch").glob("dafne-federated-ray-*"))
+
+
+@contextlib.contextmanager
+def ray_simulation(trained: Any, data: Path, folder: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    Approvals().add(read_model(trained.path), "test")
+    (folder / "scratch").mkdir()
+    command = [
+        *(sys.executable, "-m", "dafne_federated.cli.app", "simulate", str(data), "--quiet"),
+        *("--base", str(trained.path), "--run", str(folder / "run"), "--no-local-only"),
+        *("--engine", "ray", "--rounds", "2", "--epochs", "3", "--threads", "2"),
+        *("--device", "cpu", "--margin", "0.2", "--max-rank", "8"),
+    ]
+    environment = {**os.environ, "TMPDIR": str(folder / "scratch")}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_merging_the_checkpoint_gives_the_release(done: RunFolder) -> None:

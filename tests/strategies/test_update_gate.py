@@ -82,6 +82,22 @@ def claims(shape: tuple[int, ...], size: int) -> Array:
     return Array("float32", shape, "numpy.ndarray", b"\x93NUMPY" + b"\0" * size)
 
 
+def inner(header: bytes) -> Array:
+    """The right claim around bytes whose own header says ``header``."""
+    import struct
+
+    start = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header
+    return Array("float32", (2, 7), "numpy.ndarray", start + b"\0" * 56)
+
+
+def zipped() -> Array:
+    import io
+
+    buffer = io.BytesIO()
+    np.savez(buffer, np.zeros(1, "f4"))
+    return Array("float32", (2, 7), "numpy.ndarray", buffer.getvalue())
+
+
 def pickled() -> Array:
     import io
 
@@ -102,8 +118,17 @@ def pickled() -> Array:
         ({"0009/delta": np.zeros(1, "float32")}, r"unknown \['0009/delta'\]"),
         ({"0004/a": np.zeros((6, 3), "float32")}, r"expected one rank in all layers, got \[2, 3\]"),
         ({"0004/b": claims((2, 7), 50_000)}, "'0004/b': expected .* in 50006 bytes"),
-        ({"0004/b": claims((2, 7), 10)}, "'0004/b': its bytes are damaged"),
-        ({"0004/a": pickled()}, "'0004/a': its bytes are damaged"),
+        ({"0004/b": claims((2, 7), 10)}, "'0004/b': expected .* in 16 bytes"),
+        ({"0004/b": claims((2, 7), 90)}, "'0004/b': its bytes are damaged"),
+        ({"0004/a": pickled()}, "'0004/a': its bytes do not hold"),
+        ({"0004/b": zipped()}, "'0004/b': its bytes are damaged"),
+        ({"0004/b": inner(b"(((((\n")}, "'0004/b': its bytes are damaged"),
+        ({"0004/b": inner(b"{[]: 1}\n")}, "'0004/b': its bytes are damaged"),
+        (
+            {"0004/b": inner(b"{'descr': '<f4', 'fortran_order': False, 'shape': (999999999,)}\n")},
+            "'0004/b': its bytes do not hold",
+        ),
+        ({"0006/delta": np.full((1, 1, 4, 3), 3e38, "float32")}, "expected values within 10000"),
     ],
 )
 def test_bad_arrays_are_refused_by_name(judged: Judge, arrays: dict[str, Any], words: str) -> None:
