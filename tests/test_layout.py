@@ -18,7 +18,13 @@ NOT_EVEN_THEN = {("client", "strategies")}
 
 # Heavy or risky libraries, and the only files that may import them.
 DAFNE = {"core/model_runtime.py", "core/dafne_functions.py", "core/preprocessing.py"}
-KERAS = {"core/adapters.py", "core/network_layers.py", "core/training.py", "core/backend.py"}
+KERAS = {
+    "core/adapters.py",
+    "core/backend.py",
+    "core/low_rank_layers.py",
+    "core/network_layers.py",
+    "core/training.py",
+}
 ONLY_IN = {
     "dafne_dl": DAFNE,
     "dill": set(),
