@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -110,11 +111,7 @@ def test_dafnes_local_provider_finds_the_release(done: RunFolder, tmp_path: Path
     from dafne_dl import LocalModelProvider
 
     name = done.result().release
-    for file in (name, Path(name).with_suffix(".json").name):
-        shutil.copy(done.release / file, tmp_path / file)
-    shutil.move(
-        tmp_path / Path(name).with_suffix(".json").name, tmp_path / f"{name.split('_')[0]}.json"
-    )
+    shutil.copytree(done.release, tmp_path, dirs_exist_ok=True)
     provider = LocalModelProvider(str(tmp_path), str(tmp_path / "upload"))
     assert provider.available_models() == ["Squares"]
     assert (
@@ -365,6 +362,13 @@ def test_a_killed_simulation_goes_on_and_ends_in_the_same_bits(
     assert RunFolder(run).result().content_digest == done.result().content_digest
 
 
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A folder with a short path: Ray makes sockets in it, whose paths may not be long."""
+    with tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as path:
+        yield Path(path)
+
+
 def descendants(process: int) -> set[int]:
     listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True)
     pairs = [tuple(map(int, line.split())) for line in listed.stdout.splitlines()]
@@ -382,10 +386,10 @@ def alive(processes: set[int]) -> set[int]:
 
 @pytest.mark.simulation
 def test_ray_gives_the_same_result_and_leaves_nothing_running(
-    done: RunFolder, trained: Any, squares_folder: Path, tmp_path: Path
+    done: RunFolder, trained: Any, squares_folder: Path, tmp_path: Path, scratch: Path
 ) -> None:
     pytest.importorskip("ray")
-    with ray_simulation(trained, squares_folder, tmp_path) as process:
+    with ray_simulation(trained, squares_folder, tmp_path, scratch) as process:
         seen: set[int] = set()
         while process.poll() is None:
             seen |= descendants(process.pid)
@@ -398,10 +402,10 @@ def test_ray_gives_the_same_result_and_leaves_nothing_running(
 
 @pytest.mark.simulation
 def test_after_a_kill_of_the_simulation_ray_and_flower_end(
-    trained: Any, squares_folder: Path, tmp_path: Path
+    trained: Any, squares_folder: Path, tmp_path: Path, scratch: Path
 ) -> None:
     pytest.importorskip("ray")
-    with ray_simulation(trained, squares_folder, tmp_path) as process:
+    with ray_simulation(trained, squares_folder, tmp_path, scratch) as process:
         seen: set[int] = set()
         while process.poll() is None and not RunFolder(tmp_path / "run").rounds():
             seen |= descendants(process.pid)
@@ -414,20 +418,19 @@ def test_after_a_kill_of_the_simulation_ray_and_flower_end(
     while alive(seen) and time.monotonic() < end:
         time.sleep(0.5)
     assert alive(seen) == set()
-    assert not list((tmp_path / "scratch").glob("dafne-federated-ray-*"))
+    assert not list(scratch.glob("dafne-federated-ray-*"))
 
 
 @contextlib.contextmanager
 def ray_simulation(trained: Any, data: Path, folder: Path) -> Iterator["subprocess.Popen[bytes]"]:
     Approvals().add(read_model(trained.path), "test")
-    (folder / "scratch").mkdir()
     command = [
         *(sys.executable, "-m", "dafne_federated.cli.app", "simulate", str(data), "--quiet"),
         *("--base", str(trained.path), "--run", str(folder / "run"), "--no-local-only"),
         *("--engine", "ray", "--rounds", "2", "--epochs", "3", "--threads", "2"),
         *("--device", "cpu", "--margin", "0.2", "--max-rank", "8"),
     ]
-    environment = {**os.environ, "TMPDIR": str(folder / "scratch")}
+    environment = {**os.environ, "TMPDIR": str(scratch)}
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as process:
         try:
             yield process
