@@ -422,7 +422,9 @@ def test_after_a_kill_of_the_simulation_ray_and_flower_end(
 
 
 @contextlib.contextmanager
-def ray_simulation(trained: Any, data: Path, folder: Path) -> Iterator["subprocess.Popen[bytes]"]:
+def ray_simulation(
+    trained: Any, data: Path, folder: Path, scratch: Path
+) -> Iterator["subprocess.Popen[bytes]"]:
     Approvals().add(read_model(trained.path), "test")
     command = [
         *(sys.executable, "-m", "dafne_federated.cli.app", "simulate", str(data), "--quiet"),
