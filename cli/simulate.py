@@ -56,7 +56,7 @@ def simulate(
     seed: Annotated[int | None, typer.Option(help="All randomness follows from it. [1]")] = None,
     gate: Annotated[str | None, typer.Option(help="validation or none. [validation]")] = None,
     margin: Annotated[
-        float | None, typer.Option(help="Dice that a label of a site may lose. [0.02]")
+        float | None, typer.Option(help="Dice that a label of a site may lose. [0.05]")
     ] = None,
     min_sites: Annotated[int | None, typer.Option(help="Without so many no round. [2]")] = None,
     deadline: Annotated[float | None, typer.Option(help="Of a round, seconds. [3600]")] = None,

@@ -46,7 +46,8 @@ class RunSettings(BaseModel):
             round's updates is refused; needs three sites.
         gate: ``validation`` releases only what the sites' validation persons show to be better
             than the base; ``none`` releases the last round unseen, for sites without any.
-        margin: With the gate, the most Dice that any label of any site may lose.
+        margin: With the gate, the most Dice that any label of any site may lose; with one or
+            two validation persons at a site, a label moves by some points of itself.
     """
 
     model_config = ConfigDict(
@@ -77,7 +78,7 @@ class RunSettings(BaseModel):
     max_norm_ratio: float = Field(default=20.0, gt=1)
     max_cases: int = Field(default=100_000, ge=1)
     gate: Literal["validation", "none"] = "validation"
-    margin: float = Field(default=0.02, ge=0, le=1)
+    margin: float = Field(default=0.05, ge=0, le=1)
 
     @field_validator("method")
     @classmethod
