@@ -14,7 +14,7 @@ INFO = RunInfo(
     base_digest="a" * 64,
     base_name="Limb",
     plan_digest="b" * 64,
-    settings=RunSettings(rounds=3),
+    settings=RunSettings(rounds=3, margin=0.02),
     versions={},
     command="",
 )
