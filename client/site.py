@@ -21,10 +21,12 @@ from dafne_federated.core.evaluation import evaluate_case
 from dafne_federated.core.metrics import Agreement, judged, mean
 from dafne_federated.core.model_runtime import Loss, RunningModel
 from dafne_federated.core.plan import AdaptationPlan
+from dafne_federated.core.prefix_cache import PrefixCache
 from dafne_federated.core.preprocessing import BiasFieldCache
 from dafne_federated.core.slices import PreparedSlices, concatenate
 from dafne_federated.core.state import State, state_rank
-from dafne_federated.core.training import AdapterTraining, TrainingResult
+from dafne_federated.core.suffix_training import SuffixTraining
+from dafne_federated.core.training import TrainingResult
 from dafne_federated.core.volumes import Case
 
 log = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ class Engine:
 
     model: RunningModel
     adapted: AdaptedNetwork
-    training: AdapterTraining | None = None
+    training: SuffixTraining | None = None
 
 
 @dataclass
@@ -152,11 +154,13 @@ class Site:
         engine = self.engine(plan, state_rank(plan, state))
         slices = self._slices(engine)
         if engine.training is None:
-            engine.training = AdapterTraining(engine.adapted, self._loss(engine))
+            engine.training = SuffixTraining(engine.adapted, self._loss(engine))
         engine.adapted.write(state)
         order = zlib.crc32(f"{seed}/{self.settings.name}/{number}".encode())
         set_seed(seed, self.settings.name, number)
-        result = engine.training.run(slices, epochs, batch_size, learning_rate, order)
+        result = engine.training.run(
+            slices, epochs, batch_size, learning_rate, order, cache=self.prefix_cache()
+        )
         log.info("round %d: %d slices, %.1f s", number, len(slices), result.seconds)
         return engine.adapted.read(), result, len(slices)
 
@@ -184,6 +188,12 @@ class Site:
         """Return the site's kept bias fields."""
         folder = self.settings.bias_fields or self.settings.cache / "bias-fields"
         return _KEPT.bias_fields.setdefault(str(folder), BiasFieldCache(folder))
+
+    def prefix_cache(self) -> PrefixCache | None:
+        """Return where the site keeps what frozen layers make of its slices, if it does."""
+        if not self.settings.prefix_cache:
+            return None
+        return PrefixCache(self.cache.features, self.settings.prefix_cache_mib)
 
     def _loss(self, engine: Engine) -> Loss:
         """Return the base's loss; where all slices came from disk it is still to be captured."""

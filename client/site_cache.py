@@ -23,6 +23,11 @@ class SiteCache:
     def __init__(self, folder: Path) -> None:
         self.folder = private_folder(folder)  # it holds images of patients
 
+    @property
+    def features(self) -> Path:
+        """Folder for features of slices, see ``core/prefix_cache.py``."""
+        return self.folder / "features"
+
     def has_base(self, digest: str) -> bool:
         """Return whether the base with this digest is here, whole."""
         path = self._base(digest)

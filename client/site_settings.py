@@ -27,6 +27,10 @@ class SiteSettings(BaseModel):
         max_epochs: Longest training in a round that it agrees to.
         threads: CPU threads, 0 for all cores.
         device: ``auto``, ``cpu`` or ``gpu``.
+        prefix_cache: Whether outputs of frozen layers are kept in ``cache``, where a plan leaves
+            the first layers frozen; training is then faster, with the same result.
+        prefix_cache_mib: The most that they may take, in MiB; what was not used for the longest
+            time is removed, and training goes on without them where one set needs more.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,6 +47,8 @@ class SiteSettings(BaseModel):
     max_epochs: int = Field(default=1000, ge=1)
     threads: int = Field(default=0, ge=0)
     device: str = "auto"
+    prefix_cache: bool = True
+    prefix_cache_mib: int = Field(default=8192, ge=1)
 
 
 def read_site(path: Path) -> SiteSettings:

@@ -9,14 +9,19 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
+from dafne_federated.core.loss_parts import Loss, loss_in_parts
+from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.slices import PreparedSlices
 
-Loss = Callable[[Any, Any], Any]
 OnEpoch = Callable[[int, float], None]
 
 
 class Trainable(Protocol):
     """A network whose trainable variables are those of adapters."""
+
+    @property
+    def plan(self) -> AdaptationPlan:
+        """What is trained."""
 
     @property
     def trained(self) -> keras.Model:
@@ -57,6 +62,7 @@ class AdapterTraining:
 
     def __init__(self, adapted: Trainable, loss: Loss) -> None:
         self._trained = adapted.trained
+        loss = loss_in_parts(loss, len(adapted.plan.labels) + 1)
         self._trained.compile(optimizer=keras.optimizers.Adam(), loss=loss)
         self._trained.optimizer.build(self._trained.trainable_variables)
         self._start = [np.array(v.numpy()) for v in self._trained.optimizer.variables]

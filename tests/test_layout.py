@@ -21,8 +21,13 @@ DAFNE = {"core/model_runtime.py", "core/dafne_functions.py", "core/preprocessing
 KERAS = {
     "core/adapters.py",
     "core/backend.py",
+    "core/folded_layers.py",
+    "core/loss_parts.py",
     "core/low_rank_layers.py",
+    "core/network_graph.py",
     "core/network_layers.py",
+    "core/prefix_cache.py",
+    "core/suffix_network.py",
     "core/training.py",
 }
 ONLY_IN = {

@@ -272,3 +272,20 @@ def test_only_what_was_agreed_to_in_this_run_is_trained(
     ):
         reply = RoundReply.from_record(ready.round(plan, **change))
         assert (reply.status, words in reply.reason) == ("refused", True)
+
+
+def test_kept_outputs_of_frozen_layers_change_nothing(make_site: MakeSite, trained: Any) -> None:
+    model = RunningModel(read_model(trained.path), trained.approvals)
+    plan = make_plan(model, RunSettings(rank=2, layers="decoder"))
+    states = []
+    for kept in (False, True):
+        site = make_site(prefix_cache=kept)
+        site.approvals.add(read_model(trained.path), "test")
+        site.offer(plan)
+        site.send_base(trained.path.read_bytes(), plan.base_digest)
+        states.append(take_state(site.round(plan, epochs=2), plan))
+        assert len(list(site.path.glob("cache/features/*"))) == kept
+    start = initial_state(plan, 0)
+    assert max(np.abs(states[0][key] - start[key]).max() for key in start) > 0.01
+    for key in start:
+        np.testing.assert_allclose(states[1][key], states[0][key], atol=2e-5)
