@@ -11,17 +11,22 @@ from dafne_federated.core.network_layers import describe_layers
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RunFolder, RunInfo
 from dafne_federated.core.settings import RunSettings
+from dafne_federated.core.suffix_network import without_skips
 from dafne_federated.core.versions import versions
 
 
 def make_plan(model: RunningModel, settings: RunSettings) -> AdaptationPlan:
     """Return the plan that ``settings`` ask for on ``model``.
 
+    Low-rank pairs leave out the input channels of frozen skip connections, so that what comes
+    from there is constant and need not be computed in every step.
+
     Raises:
         AdapterError: The network has nothing that fits, or the methods do not combine on it.
     """
     layers = describe_layers(model.network)
     choices = Choices(where=settings.layers, last=settings.last)
+    targets = plan_targets(settings.method, layers, choices)
     return AdaptationPlan(
         base_digest=model.file.digest,
         method=settings.method,
@@ -29,7 +34,7 @@ def make_plan(model: RunningModel, settings: RunSettings) -> AdaptationPlan:
         max_rank=settings.max_rank,
         scale=settings.scale,
         labels=model.labels,
-        targets=plan_targets(settings.method, layers, choices),
+        targets=without_skips(model.network, targets),
     )
 
 

@@ -69,16 +69,18 @@ def without_skips(network: keras.Model, targets: Iterable[Target]) -> tuple[Targ
 
     Where a convolution reads a frozen skip connection and a trained tensor side by side, the
     pair then changes its kernel for the trained tensor alone. What comes from the skip
-    connection is constant, so with a cache it costs nothing, and the pair has fewer values.
+    connection is constant, so with a cache it costs nothing, and the pair has fewer values. A
+    network that is not a graph of layers has no skip connections to be seen; its targets stay.
 
     Args:
         network: The base network.
         targets: What a plan trains on it.
-
-    Raises:
-        AdapterError: The network is not a graph of layers.
     """
-    graph = read_graph(network)
+    targets = tuple(targets)
+    try:
+        graph = read_graph(network)
+    except AdapterError:
+        return targets
     by_layer = _targets_by_layer(network, targets)
     varying = graph.varying(by_layer)
     narrowed = {}
