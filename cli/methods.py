@@ -98,7 +98,8 @@ def methods(
     if timing:
         notes.append(
             f"An epoch is {count} slices in steps of {settings.batch_size} on {used.name}, with "
-            f"nothing cached; memory is that of the process, not of a graphics card."
+            f"outputs of frozen layers kept on disk where they are worth it; memory is that of "
+            f"the process, not of a graphics card."
         )
     if json_output:
         facts = {

@@ -6,15 +6,19 @@ from dataclasses import dataclass, replace
 
 from dafne_federated.core.dry_run import DryRun
 from dafne_federated.core.errors import AdapterError
-from dafne_federated.core.methods import METHODS, frozen_share, method_parts, method_words
+from dafne_federated.core.methods import (
+    METHODS,
+    frozen_share,
+    method_parts,
+    method_words,
+    worth_keeping,
+)
 from dafne_federated.core.model_runtime import RunningModel
 from dafne_federated.core.network_layers import describe_layers
 from dafne_federated.core.new_run import make_plan
 from dafne_federated.core.plan import AdaptationPlan, Layer
 from dafne_federated.core.settings import RunSettings, read_settings
 
-# Less of the forward work than this before the first trained layer is not worth keeping.
-WORTH_KEEPING = 0.1
 # What is recommended leaves a fifth of the memory to others, and ends an epoch within five
 # minutes: the 20 epochs that a run has by default then end within two hours.
 MOST_MEMORY = 0.8
@@ -103,7 +107,7 @@ def planned_cost(model: RunningModel, settings: RunSettings) -> tuple[Cost, Adap
         bytes=plan.wire_bytes,
         share=plan.parameters / model.file.parameters,
         frozen=frozen,
-        cacheable=frozen is not None and frozen >= WORTH_KEEPING,
+        cacheable=worth_keeping(frozen),
     )
     return cost, plan
 

@@ -127,6 +127,14 @@ def frozen_share(layers: Iterable[Layer], targets: Iterable[Target]) -> float | 
     return before / total if total else None
 
 
+def worth_keeping(share: float | None) -> bool:
+    """Return whether a ``frozen_share`` is worth keeping its outputs; an unknown one is not.
+
+    Below a tenth, reading the outputs from disk takes as long as computing them again.
+    """
+    return share is not None and share >= _WORTH_KEEPING
+
+
 def _union(parts: Iterable[Iterable[Target]]) -> dict[str, Target]:
     union: dict[str, Target] = {}
     for target in (target for part in parts for target in part):
@@ -206,6 +214,8 @@ def _full(layers: Sequence[Layer], _choices: Choices) -> Iterable[Target]:
 def _whole(layers: Iterable[Layer]) -> list[Target]:
     return [target for layer in layers for target in layer.targets()]
 
+
+_WORTH_KEEPING = 0.1
 
 _SCALES: dict[str, TargetKind] = {
     "conv": "scale",

@@ -5,6 +5,8 @@ import logging
 from dafne_federated.core.adapters import AdaptedNetwork
 from dafne_federated.core.errors import AdapterError
 from dafne_federated.core.loss_parts import Loss
+from dafne_federated.core.methods import frozen_share, worth_keeping
+from dafne_federated.core.network_layers import describe_layers
 from dafne_federated.core.prefix_cache import PrefixCache
 from dafne_federated.core.slices import PreparedSlices
 from dafne_federated.core.suffix_network import SuffixNetwork
@@ -29,6 +31,8 @@ class SuffixTraining:
         self._loss = loss
         self._suffix: SuffixNetwork | None = None
         self._compiled: dict[bool, AdapterTraining] = {}
+        layers = describe_layers(adapted.network)
+        self._worth_keeping = worth_keeping(frozen_share(layers, adapted.plan.targets))
         try:
             self._suffix = SuffixNetwork(adapted)
         except AdapterError as error:
@@ -56,7 +60,7 @@ class SuffixTraining:
             cache: Where features are kept, if they may be.
         """
         cached = None
-        if cache and self._suffix and self._suffix.saved:
+        if cache and self._suffix and self._suffix.saved and self._worth_keeping:
             cached = cache.slices(self._suffix, slices)
         training = self._training(cached is not None)
         return training.run(cached or slices, epochs, batch_size, learning_rate, seed, on_epoch)
