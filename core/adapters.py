@@ -1,14 +1,8 @@
 """Adapters on a Keras network: attach a plan, read and write its state, run it.
 
 Each planned layer runs its own code with its frozen weights plus the planned changes, so
-layers of any kind can be trained whole or scaled. For a low-rank pair the forward pass uses
-one kernel, ``W + scale * a b``, exactly as the folded model will; the gradient of ``a`` and
-``b`` comes from a small side path whose value is cancelled, so the gradient of the full kernel
-is never formed:
-
-    y = conv(x, stop(W + s a b)) + L(stop(x)) - stop(L(stop(x))),   L(x) = s conv(conv(x, a), b)
-
-The gradient towards ``x`` passes through the merged kernel, which is that of the sum.
+layers of any kind can be trained whole or scaled. How a low-rank pair runs forward with one
+kernel and backward without the gradient of it is said in ``low_rank_layers.py``.
 """
 
 from collections.abc import Callable
@@ -22,12 +16,7 @@ from keras import ops
 
 from dafne_federated.core.errors import AdapterError
 from dafne_federated.core.low_rank_layers import low_rank_call
-from dafne_federated.core.network_layers import (
-    Tensor,
-    finish,
-    leaf_layers,
-    roles,
-)
+from dafne_federated.core.network_layers import Tensor, finish, leaf_layers, roles
 from dafne_federated.core.plan import AdaptationPlan, Target
 from dafne_federated.core.state import State, check_state, state_rank
 
