@@ -29,20 +29,28 @@ BATCH = 4
 RANK = 4
 FILLED = 8  # slices that the cache is filled with to take the time
 FULL = "full fine-tuning, as Dafne does it"
+# What is compared: how it runs, the method, and which layers ``lora`` takes.
 KINDS = {
-    FULL: ("full", ""),
-    "full, batch norm frozen": ("full-frozen", ""),
-    "lora, all layers": ("plain", "all"),
-    "lora, all layers, batch norm folded": ("folded", "all"),
-    "lora, decoder": ("plain", "decoder"),
-    "lora, decoder, batch norm folded": ("folded", "decoder"),
-    "lora, decoder, cached": ("cached", "decoder"),
-    "lora, decoder without skips, cached": ("cached", "decoder without skips"),
-    "head": ("plain", "head"),
-    "head, cached": ("cached", "head"),
-    "forward pass alone": ("forward", ""),
+    FULL: ("full", "", ""),
+    "full fine-tuning, batch norm frozen": ("full-frozen", "", ""),
+    "full, as a method here": ("folded", "full", "all"),
+    "encoder": ("folded", "encoder", "all"),
+    "decoder, cached": ("cached", "decoder", "all"),
+    "last-k 2, cached": ("cached", "last-k", "all"),
+    "norm": ("plain", "norm", "all"),
+    "bias": ("folded", "bias", "all"),
+    "ssf": ("plain", "ssf", "all"),
+    "lora + norm": ("plain", "lora+norm", "all"),
+    "lora, all layers": ("folded", "lora", "all"),
+    "lora, all layers, batch norm not folded": ("plain", "lora", "all"),
+    "lora, decoder, not cached": ("folded", "lora", "decoder"),
+    "lora, decoder, skips trained too, cached": ("cached-skips", "lora", "decoder"),
+    "lora, decoder, cached": ("cached", "lora", "decoder"),
+    "head, not cached": ("folded", "head", "all"),
+    "head, cached": ("cached", "head", "all"),
+    "forward pass alone": ("forward", "", ""),
 }
-FILL = "filling the cache, decoder without skips, one slice"
+FILL = "filling the cache, lora, decoder, one slice"
 PACKAGES = ("keras", "tensorflow", "numpy", "dafne-dl")
 
 
@@ -83,26 +91,21 @@ def draw_slices(spec, count, seed):
     )
 
 
-def plan_of(network, spec, where):
+def plan_of(network, spec, method, where, skips):
+    from dafne_federated.core.methods import Choices, plan_targets
     from dafne_federated.core.network_layers import describe_layers
-    from dafne_federated.core.plan import AdaptationPlan, lora_targets
+    from dafne_federated.core.plan import AdaptationPlan
     from dafne_federated.core.suffix_network import without_skips
 
-    layers = describe_layers(network)
-    if where == "head":
-        targets = tuple(target for target in lora_targets(layers) if target.kind == "delta")
-    else:
-        targets = lora_targets(layers, where.split()[0])
-    if "without skips" in where:
-        targets = without_skips(network, targets)
+    targets = plan_targets(method, describe_layers(network), Choices(where=where))
     return AdaptationPlan(
         base_digest="0" * 64,
-        method="lora",
+        method=method,
         rank=RANK,
         max_rank=RANK,
         scale=1.0,
         labels=spec.labels,
-        targets=targets,
+        targets=targets if skips else without_skips(network, targets),
     )
 
 
@@ -121,7 +124,7 @@ def dafnes_training(network, frozen):
     return network
 
 
-def prepare(network, spec, way, where, slices, folder):
+def prepare(network, spec, way, method, where, slices, folder):
     """Return a function that makes one step, and the bytes that travel."""
     from dafne_dl.common.preprocess_train import weighted_loss
 
@@ -138,14 +141,15 @@ def prepare(network, spec, way, where, slices, folder):
     if way.startswith("full"):
         dafnes_training(network, way == "full-frozen")
         return lambda: train_epoch(network, slices, BATCH, rng), 4 * network.count_params()
-    plan = plan_of(network, spec, where)
+    plan = plan_of(network, spec, method, where, skips=way == "cached-skips")
     adapted = AdaptedNetwork(network, plan)
     adapted.write(initial_state(plan, 0))
     cut = adapted if way == "plain" else SuffixNetwork(adapted, saved=way != "folded")
     if way == "fill":
         cut.features(slices.batch(np.arange(BATCH))[0])
         return lambda: PrefixCache(folder / str(time.time_ns()), 1e6).slices(cut, slices), 0
-    batches = PrefixCache(folder, 1e6).slices(cut, slices) if way == "cached" else slices
+    cached = way.startswith("cached")
+    batches = PrefixCache(folder, 1e6).slices(cut, slices) if cached else slices
     AdapterTraining(cut, weighted_loss)  # compiles it
     return lambda: train_epoch(cut.trained, batches, BATCH, rng), plan.wire_bytes
 
@@ -175,8 +179,7 @@ def child(options):
     network = build(spec)
     slices = draw_slices(spec, options.slices, options.seed)
     start = memory_mib("VmRSS")
-    way, where = options.child
-    step, size = prepare(network, spec, way, where, slices, options.folder)
+    step, size = prepare(network, spec, *options.child, slices, options.folder)
     begun = time.perf_counter()
     step()
     print(json.dumps({"first": time.perf_counter() - begun, "bytes": size}), flush=True)
@@ -195,8 +198,8 @@ class Process:
     started: dict
 
     @classmethod
-    def start(cls, options, network, way, where, folder, slices=BATCH):
-        command = [sys.executable, __file__, "--child", way, where, "--networks", network]
+    def start(cls, options, network, kind, folder, slices=BATCH):
+        command = [sys.executable, __file__, "--child", *kind, "--networks", network]
         command += ["--seed", str(options.seed), "--threads", str(options.threads)]
         command += ["--folder", str(folder), "--slices", str(slices)]
         process = subprocess.Popen(
@@ -247,17 +250,18 @@ def table(options, network, folder):
         "| step | processor s | ratio | wall s | ratio | peak MiB | ratio | first step s "
         "| KiB each way, float32 / float16 |\n|---|---|---|---|---|---|---|---|---|"
     )
-    full = Process.start(options, network, *KINDS[FULL], folder)
+    full = Process.start(options, network, KINDS[FULL], folder)
     rows = {name: kind for name, kind in KINDS.items() if name != FULL}
-    rows[FILL] = ("fill", "decoder without skips")
+    rows[FILL] = ("fill", "lora", "decoder")
     all_full, found = [full.step()], {}
-    for name, (way, where) in rows.items():
+    for name, kind in rows.items():
+        way = kind[0]
         if options.only and not any(word in name for word in options.only):
             continue
-        if way == "cached":  # filled by another process: training alone is measured
-            Process.start(options, network, way, where, folder).end()
+        if way.startswith("cached"):  # filled by another process: training alone is measured
+            Process.start(options, network, kind, folder).end()
         slices = FILLED if way == "fill" else BATCH
-        other = Process.start(options, network, way, where, folder, slices)
+        other = Process.start(options, network, kind, folder, slices)
         pairs = [(other.step(), full.step()) for _ in range(options.repeats)]
         other.end()
         all_full += [one for _, one in pairs]
@@ -278,7 +282,7 @@ def main():
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", nargs="+", help="rows whose names hold one of these words")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--slices", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -290,7 +294,10 @@ def main():
     print(f"Python {platform.python_version()}, {versions}")
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     print(f"seed {options.seed}, {options.repeats} repeats, {options.threads} threads, load {load}")
-    print("seconds: median (range); ratios to full fine-tuning, medians over pairs of steps")
+    print(
+        "seconds: median (range); ratios to full fine-tuning, medians over pairs of steps; an "
+        f"epoch of n slices is n / {BATCH} such steps"
+    )
     with tempfile.TemporaryDirectory() as folder:
         for network in options.networks:
             table(options, network, Path(folder) / network)
