@@ -7,6 +7,7 @@ import io
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -83,13 +84,15 @@ def state_rank(plan: AdaptationPlan, state: Mapping[str, npt.NDArray[np.generic]
 
 def kernel_update(target: Target, a: npt.ArrayLike, b: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """Return ``a @ b`` in the shape of the target's kernel, float64, without the scale."""
+    return np.pad(_covered_update(target, a, b), target.padding())
+
+
+def _covered_update(target: Target, a: npt.ArrayLike, b: npt.ArrayLike) -> npt.NDArray[np.float64]:
     product = dense_product((np.asarray(a, np.float32), np.asarray(b, np.float32)))
     if target.kind == "conv-transpose":
         *window, cout, cin = target.covered
-        update = np.moveaxis(product.reshape(cin, *window, cout), 0, -1)
-    else:
-        update = product.reshape(target.covered)
-    return np.pad(update, target.padding())
+        return np.moveaxis(product.reshape(cin, *window, cout), 0, -1)
+    return product.reshape(target.covered)
 
 
 def fold(weights: Weights, plan: AdaptationPlan, state: State) -> Weights:
@@ -116,21 +119,30 @@ def fold(weights: Weights, plan: AdaptationPlan, state: State) -> Weights:
                 f"weight {target.key!r}: the plan expects shape {target.shape}, the base has {got}"
             )
             raise StateError(msg)
-        change = _change(plan, target, state, base.astype(np.float64))
-        folded[target.key] = (base.astype(np.float64) + change).astype(base.dtype)
+        padding = zip(target.shape, target.padding(), strict=True)
+        part: tuple[Any, ...] = (
+            ...,
+            *(slice(before, size - behind) for size, (before, behind) in padding),
+        )
+        change = _change(plan, target, state, base)
+        result = base.copy()
+        # Summed in float64 and rounded once, without a float64 copy of base or result.
+        np.add(base[part], change, out=result[part], dtype=np.float64, casting="unsafe")
+        folded[target.key] = result
     return folded
 
 
 def _change(
-    plan: AdaptationPlan, target: Target, state: State, base: npt.NDArray[np.float64]
+    plan: AdaptationPlan, target: Target, state: State, base: npt.NDArray[np.generic]
 ) -> npt.NDArray[np.float64]:
-    """Return what a state adds to the base weight of one target."""
+    """Return what a state adds to the covered part of the base weight of one target."""
     if target.low_rank:
-        pair = state[f"{target.key}/a"], state[f"{target.key}/b"]
-        return plan.scale * kernel_update(target, *pair)
+        update = _covered_update(target, state[f"{target.key}/a"], state[f"{target.key}/b"])
+        update *= plan.scale
+        return update
     if target.kind == "delta":
         return state[f"{target.key}/delta"].astype(np.float64)
-    return base * state[f"{target.key}/scale"].astype(np.float64)
+    return base.astype(np.float64) * state[f"{target.key}/scale"].astype(np.float64)
 
 
 def save_state(path: Path, plan: AdaptationPlan, state: State) -> None:

@@ -93,6 +93,49 @@ def test_fold_adds_the_scaled_update(plan: AdaptationPlan, weights: dict[str, np
     np.testing.assert_array_equal(folded["0005"], weights["0005"] + state["0005/delta"])
 
 
+COVERED = (
+    Target(key="0000", layer="c", kind="conv", shape=(3, 3, 4, 8), inputs=(1, 3)),
+    Target(key="0002", layer="t", kind="conv-transpose", shape=(2, 2, 5, 8), inputs=(4, 8)),
+)
+SCALED = (
+    Target(key="0000", layer="c", kind="scale", shape=(3, 3, 4, 8)),
+    Target(key="0002", layer="t", kind="scale-transpose", shape=(2, 2, 5, 8)),
+    Target(key="0004", layer="d", kind="delta", shape=(6, 7)),
+)
+
+
+@pytest.mark.parametrize("targets", [(CONV, TRANSPOSED, DENSE), COVERED, SCALED])
+def test_a_folded_weight_is_the_float64_sum_rounded_once(
+    plan: AdaptationPlan, weights: dict[str, np.ndarray], targets: tuple[Target, ...]
+) -> None:
+    plan = plan.model_copy(update={"targets": targets})
+    for array in weights.values():
+        array[..., 0] = -0.0  # whose sign stays where nothing is added
+    state = random_state(plan)
+    folded = fold(weights, plan, state)
+    for target in targets:
+        base = weights[target.key].astype(np.float64)
+        if target.low_rank:
+            pair = state[f"{target.key}/a"], state[f"{target.key}/b"]
+            change = plan.scale * kernel_update(target, *pair)
+        elif target.kind == "delta":
+            change = state[f"{target.key}/delta"].astype(np.float64)
+        else:
+            change = base * state[f"{target.key}/scale"].astype(np.float64)
+        want = (base + change).astype(np.float32)
+        np.testing.assert_array_equal(folded[target.key], want)
+        covered = np.pad(np.ones(target.covered, bool), target.padding())
+        rest = [array[target.key][~covered].tobytes() for array in (folded, weights)]
+        assert rest[0] == rest[1]
+
+
+def test_a_weight_without_axes_is_folded(plan: AdaptationPlan) -> None:
+    single = Target(key="0000", layer="s", kind="delta", shape=())
+    plan = plan.model_copy(update={"targets": (single,)})
+    folded = fold({"0000": np.float32(2)[...]}, plan, {"0000/delta": np.float32(3)[...]})
+    assert folded["0000"] == np.float32(5)
+
+
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_save_then_load_is_the_identity(plan: AdaptationPlan, rank: int, tmp_path: Path) -> None:
     state = random_state(plan, rank)
