@@ -17,7 +17,7 @@ from pydantic import (
 
 from dafne_federated.core.errors import AdapterError, SettingsError
 from dafne_federated.core.methods import method_parts
-from dafne_federated.core.plan import LAYER_CHOICES
+from dafne_federated.core.plan import LAYER_CHOICES, WireType
 
 
 class RunSettings(BaseModel):
@@ -35,6 +35,8 @@ class RunSettings(BaseModel):
         rank: Rank of the pairs.
         max_rank: Largest rank accepted from a site.
         scale: The update of a kernel is scale * a @ b.
+        wire: How states travel; ``float16`` halves the bytes. The state of each round then has
+            the digits of float16, at the sites and in what is released.
         seed: All randomness follows from it, the site's name and the round.
         min_sites: A round counts with at least so many sites.
         deadline: Longest wait for a round's answers, in seconds.
@@ -69,6 +71,7 @@ class RunSettings(BaseModel):
     rank: int = Field(default=4, ge=1, le=256)
     max_rank: int = Field(default=16, ge=1, le=256)
     scale: float = Field(default=1.0, gt=0, le=100)
+    wire: WireType = "float32"
     seed: int = Field(default=1, ge=0, le=2**31 - 1)
     min_sites: int = Field(default=2, ge=1)
     deadline: float = Field(default=3600.0, gt=0)
