@@ -82,6 +82,9 @@ def simulate(
     parallel: Annotated[int | None, typer.Option(help="Sites at a time, with ray. [1]")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads, 0 for all cores. [0]")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or gpu. [auto]")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Of training, float32 or bfloat16. [float32]")
+    ] = None,
     local_only: Annotated[
         bool | None,
         typer.Option("--local-only/--no-local-only", help="Train each site alone, too. [yes]"),

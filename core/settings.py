@@ -43,6 +43,7 @@ class RunSettings(BaseModel):
         wait: Longest wait for the first ``min_sites`` sites, in seconds.
         threads: CPU threads of one operation, 0 for all cores.
         device: ``auto``, ``cpu`` or ``gpu``.
+        precision: Of convolutions while a simulated site trains; see ``SiteSettings``.
         max_cases: More training cases than this are not believed of any site.
         max_norm_ratio: An update that moves the base more than so many times the median of the
             round's updates is refused; needs three sites.
@@ -78,6 +79,7 @@ class RunSettings(BaseModel):
     wait: float = Field(default=300.0, gt=0)
     threads: int = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "gpu"] = "auto"
+    precision: Literal["float32", "bfloat16"] = "float32"
     max_norm_ratio: float = Field(default=20.0, gt=1)
     max_cases: int = Field(default=100_000, ge=1)
     gate: Literal["validation", "none"] = "validation"
