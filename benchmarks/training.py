@@ -1,6 +1,6 @@
 """One training step of every kind against full fine-tuning as Dafne does it.
 
-Run: python benchmarks/training.py [--networks thigh small] [--repeats 5] [--seed 1]
+Run: python benchmarks/training.py [--networks thigh small] [--repeats 5] [--precision bfloat16]
 
 Each kind runs in a process of its own, which steps in turn with one of full fine-tuning, so
 that a busy machine slows both; a ratio is the median over these pairs of steps. Random slices
@@ -124,7 +124,7 @@ def dafnes_training(network, frozen):
     return network
 
 
-def prepare(network, spec, way, method, where, slices, folder):
+def prepare(network, spec, way, method, where, slices, folder, precision):
     """Return a function that makes one step, and the bytes that travel."""
     from dafne_dl.common.preprocess_train import weighted_loss
 
@@ -144,7 +144,7 @@ def prepare(network, spec, way, method, where, slices, folder):
     plan = plan_of(network, spec, method, where, skips=way == "cached-skips")
     adapted = AdaptedNetwork(network, plan)
     adapted.write(initial_state(plan, 0))
-    cut = adapted if way == "plain" else SuffixNetwork(adapted, saved=way != "folded")
+    cut = adapted if way == "plain" else SuffixNetwork(adapted, way != "folded", precision)
     if way == "fill":
         cut.features(slices.batch(np.arange(BATCH))[0])
         return lambda: PrefixCache(folder / str(time.time_ns()), 1e6).slices(cut, slices), 0
@@ -179,7 +179,8 @@ def child(options):
     network = build(spec)
     slices = draw_slices(spec, options.slices, options.seed)
     start = memory_mib("VmRSS")
-    step, size = prepare(network, spec, *options.child, slices, options.folder)
+    kind, precision = options.child, options.precision
+    step, size = prepare(network, spec, *kind, slices, options.folder, precision)
     begun = time.perf_counter()
     step()
     print(json.dumps({"first": time.perf_counter() - begun, "bytes": size}), flush=True)
@@ -202,6 +203,7 @@ class Process:
         command = [sys.executable, __file__, "--child", *kind, "--networks", network]
         command += ["--seed", str(options.seed), "--threads", str(options.threads)]
         command += ["--folder", str(folder), "--slices", str(slices)]
+        command += ["--precision", options.precision]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
@@ -282,6 +284,12 @@ def main():
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", nargs="+", help="rows whose names hold one of these words")
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the rows with folded normalisations and with a cache",
+    )
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--slices", type=int, help=argparse.SUPPRESS)

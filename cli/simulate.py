@@ -53,6 +53,9 @@ def simulate(
     rank: Annotated[int | None, typer.Option(help="Rank of the low-rank pairs. [4]")] = None,
     max_rank: Annotated[int | None, typer.Option(help="Largest accepted of a site. [16]")] = None,
     scale: Annotated[float | None, typer.Option(help="Factor of low-rank updates. [1]")] = None,
+    wire: Annotated[
+        str | None, typer.Option(help="States travel as float32 or float16. [float32]")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="All randomness follows from it. [1]")] = None,
     gate: Annotated[str | None, typer.Option(help="validation or none. [validation]")] = None,
     margin: Annotated[
@@ -79,6 +82,9 @@ def simulate(
     parallel: Annotated[int | None, typer.Option(help="Sites at a time, with ray. [1]")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads, 0 for all cores. [0]")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or gpu. [auto]")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Of training, float32 or bfloat16. [float32]")
+    ] = None,
     local_only: Annotated[
         bool | None,
         typer.Option("--local-only/--no-local-only", help="Train each site alone, too. [yes]"),

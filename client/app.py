@@ -25,7 +25,7 @@ from dafne_federated.core.wire import (
     RoundReply,
     RoundRequest,
 )
-from dafne_federated.core.wire_arrays import take_bytes, take_state
+from dafne_federated.core.wire_arrays import state_record, take_bytes, take_state
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def _round(message: Message, context: Context, train: bool) -> Message:
     def act(site: Site) -> RecordDict:
         request = RoundRequest.from_record(message.content)
         plan = site.agreed_plan(request.run, request.plan_digest, request.base_digest)
-        state = take_state(message.content, plan)
+        state = take_state(message.content, plan, request.wire)
         begun = time.monotonic()
         dice, counts = dice_by_label(plan, site.evaluate(plan, state))
         fields: dict[str, object] = {
@@ -123,7 +123,8 @@ def _round(message: Message, context: Context, train: bool) -> Message:
             "loss": result.loss,
             "seconds": result.seconds,
         }
-        return _round_reply(request, site, "ok", "", fields).to_record(state)
+        arrays = state_record(state, request.wire)
+        return _round_reply(request, site, "ok", "", fields).to_record(arrays)
 
     return _answer(message, context, act, respond)
 

@@ -45,7 +45,7 @@ class Engine:
 class _Kept:
     """What this process keeps between messages: one engine, and slices by site."""
 
-    engine_key: tuple[str, str, int] | None = None
+    engine_key: tuple[str, str, int, str] | None = None
     engine: Engine | None = None
     slices: dict[tuple[str, str], PreparedSlices] = field(default_factory=dict)
     bias_fields: dict[str, BiasFieldCache] = field(default_factory=dict)
@@ -154,7 +154,8 @@ class Site:
         engine = self.engine(plan, state_rank(plan, state))
         slices = self._slices(engine)
         if engine.training is None:
-            engine.training = SuffixTraining(engine.adapted, self._loss(engine))
+            precision = self.settings.precision
+            engine.training = SuffixTraining(engine.adapted, self._loss(engine), precision)
         engine.adapted.write(state)
         order = zlib.crc32(f"{seed}/{self.settings.name}/{number}".encode())
         set_seed(seed, self.settings.name, number)
@@ -174,7 +175,7 @@ class Site:
         Raises:
             ApprovalError: The base is not approved at this site.
         """
-        key = (plan.base_digest, plan.digest, rank)
+        key = (plan.base_digest, plan.digest, rank, self.settings.precision)
         if _KEPT.engine is None or _KEPT.engine_key != key:
             self.device()
             model = RunningModel(self.cache.base(plan.base_digest), self.approvals)

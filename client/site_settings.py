@@ -1,7 +1,7 @@
 """What a site says about itself and allows, in one JSON file."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from flwr.app import Context
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -27,6 +27,9 @@ class SiteSettings(BaseModel):
         max_epochs: Longest training in a round that it agrees to.
         threads: CPU threads, 0 for all cores.
         device: ``auto``, ``cpu`` or ``gpu``.
+        precision: Of convolutions in training. ``bfloat16`` is faster where the processor
+            computes in it, and slower where it does not. What is trained, sent and evaluated is
+            float32 in either case.
         prefix_cache: Whether outputs of frozen layers are kept in ``cache``, where a plan leaves
             the first layers frozen; training is then faster, with the same result.
         prefix_cache_mib: The most that they may take, in MiB; what was not used for the longest
@@ -47,6 +50,7 @@ class SiteSettings(BaseModel):
     max_epochs: int = Field(default=1000, ge=1)
     threads: int = Field(default=0, ge=0)
     device: str = "auto"
+    precision: Literal["float32", "bfloat16"] = "float32"
     prefix_cache: bool = True
     prefix_cache_mib: int = Field(default=8192, ge=1)
 

@@ -17,7 +17,7 @@ from keras import ops
 
 from dafne_federated.core.low_rank_layers import low_rank_call, low_rank_change
 from dafne_federated.core.network_graph import Graph, Step
-from dafne_federated.core.network_layers import Tensor, convolve, roles
+from dafne_federated.core.network_layers import Precision, Tensor, convolve, roles
 from dafne_federated.core.plan import Target
 
 Changes = Mapping[str, keras.Variable]
@@ -95,7 +95,12 @@ def convolutions(graph: Graph, targets: Mapping[int, Mapping[str, Target]]) -> l
 
 
 def fold_convolution(
-    found: Convolution, constant: Sequence[int], changes: Changes, scale: float, new: int
+    found: Convolution,
+    constant: Sequence[int],
+    changes: Changes,
+    scale: float,
+    new: int,
+    precision: Precision = "float32",
 ) -> list[Step]:
     """Return steps that compute a convolution and its normalisation with fewer operations.
 
@@ -105,6 +110,7 @@ def fold_convolution(
         changes: Variables of the adapters by state key.
         scale: The scale of the plan.
         new: Number for the tensor that the constant ones add up to.
+        precision: Of the convolution; what is constant is computed once, in float32.
 
     Returns:
         The step for the constant tensors, which makes ``new``, if there are any; then the step
@@ -125,15 +131,15 @@ def fold_convolution(
         # Folded anew in each step: it costs little, and copies of all kernels would stay.
         kernel = _kernel(found, rest, gain)
         if target is None:
-            outputs = convolve(layer, inputs, kernel)
+            outputs = convolve(layer, inputs, kernel, precision)
         else:
             a, b = scale * changes[f"{target.key}/a"], changes[f"{target.key}/b"] * gain
             if rest:
-                outputs = low_rank_call(layer, target, inputs, kernel, a, b, summands)
+                outputs = low_rank_call(layer, target, inputs, kernel, a, b, summands, precision)
                 summands = []
             else:
                 covered = slice(*(target.inputs or (None, None)))
-                outputs = low_rank_change(layer, target, inputs[..., covered], a, b)
+                outputs = low_rank_change(layer, target, inputs[..., covered], a, b, precision)
         for summand in summands:
             outputs = ops.add(outputs, summand)
         return [outputs if last is None else last(outputs)]

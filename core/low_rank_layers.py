@@ -15,7 +15,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from dafne_federated.core.network_layers import Tensor, convolve
+from dafne_federated.core.network_layers import Precision, Tensor, convolve
 from dafne_federated.core.plan import Target
 
 # Up to so many output channels the gradient of the full kernel costs no more time than the
@@ -32,6 +32,7 @@ def low_rank_call(
     a: Tensor,
     b: Tensor,
     summands: Sequence[Tensor] = (),
+    precision: Precision = "float32",
 ) -> Tensor:
     """Return what ``layer`` computes before bias and activation with kernel ``kernel + a b``.
 
@@ -43,6 +44,7 @@ def low_rank_call(
         a: First factor; the scale of the plan is in one of the two.
         b: Second factor.
         summands: What is added to the outputs; here, so that it joins the convolution.
+        precision: Of the convolutions; kernels are merged and outputs added in float32.
     """
     update = _kernel_update(target, a, b)
     covered = inputs
@@ -52,19 +54,24 @@ def low_rank_call(
     transposed = target.kind == "conv-transpose"
     few = not transposed and target.shape[-1] <= _FEW_CHANNELS
     merged = kernel + update if few else ops.stop_gradient(kernel + update)
-    outputs = convolve(layer, inputs, merged)
+    outputs = convolve(layer, inputs, merged, precision)
     for summand in summands:
         outputs = ops.add(outputs, summand)
     if few:
         return outputs
     covered = ops.stop_gradient(covered)
     if transposed:
-        return _first(outputs, low_rank_change(layer, target, covered, a, b))
-    return _with_pair(outputs, convolve(layer, covered, a), b)
+        return _first(outputs, low_rank_change(layer, target, covered, a, b, precision))
+    return _with_pair(outputs, convolve(layer, covered, a, precision), b)
 
 
 def low_rank_change(
-    layer: keras.layers.Layer, target: Target, inputs: Tensor, a: Tensor, b: Tensor
+    layer: keras.layers.Layer,
+    target: Target,
+    inputs: Tensor,
+    a: Tensor,
+    b: Tensor,
+    precision: Precision = "float32",
 ) -> Tensor:
     """Return what the change ``a b`` of the kernel adds to the outputs of ``layer``.
 
@@ -74,10 +81,11 @@ def low_rank_change(
         inputs: The input channels that the target covers.
         a: First factor.
         b: Second factor.
+        precision: As for ``low_rank_call``.
     """
     if target.kind == "conv-transpose":
-        return convolve(layer, ops.matmul(inputs, a), ops.moveaxis(b, 0, -1))
-    return ops.matmul(convolve(layer, inputs, a), b)
+        return convolve(layer, ops.matmul(inputs, a), ops.moveaxis(b, 0, -1), precision)
+    return ops.matmul(convolve(layer, inputs, a, precision), b)
 
 
 @ops.custom_gradient  # type: ignore[untyped-decorator]

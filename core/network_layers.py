@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import keras
 from keras import ops
@@ -10,6 +10,7 @@ from keras import ops
 from dafne_federated.core.plan import Layer
 
 Tensor = Any
+Precision = Literal["float32", "bfloat16"]
 _UPSAMPLING = (
     keras.layers.UpSampling1D,
     keras.layers.UpSampling2D,
@@ -67,11 +68,18 @@ def roles(layer: keras.layers.Layer) -> dict[str, keras.Variable]:
     return found
 
 
-def convolve(layer: keras.layers.Layer, inputs: Tensor, kernel: Tensor) -> Tensor:
+def convolve(
+    layer: keras.layers.Layer, inputs: Tensor, kernel: Tensor, precision: Precision = "float32"
+) -> Tensor:
     """Return what ``layer`` computes before bias and activation, with another kernel.
 
-    Stride, padding and dilation are the layer's own; only the channel counts may differ.
+    Stride, padding and dilation are the layer's own; only the channel counts may differ. With
+    ``bfloat16`` the products are of numbers with 8 significant bits, which some processors
+    compute twice as fast; what goes in and what comes out is float32.
     """
+    if precision != "float32":
+        inputs, kernel = ops.cast(inputs, precision), ops.cast(kernel, precision)
+        return ops.cast(convolve(layer, inputs, kernel), "float32")
     if isinstance(layer, keras.layers.Dense):
         return ops.matmul(inputs, kernel)
     geometry = {

@@ -18,6 +18,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 WeightKey = Annotated[str, Field(pattern=r"^[0-9]{4}$")]
 LowRankKind = Literal["conv", "conv-transpose", "dense"]
 ScaleKind = Literal["scale", "scale-transpose", "scale-depthwise"]
+WireType = Literal["float32", "float16"]  # how the values of a state travel
 TargetKind = LowRankKind | ScaleKind | Literal["delta"]
 
 

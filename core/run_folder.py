@@ -100,7 +100,8 @@ class RoundLine(BaseModel):
         round: 1 first.
         trained: Whether sites trained in this round.
         sites: By registered name.
-        aggregation_error: See ``strategies.aggregation.Aggregate``; None without training.
+        aggregation_error: See ``strategies.aggregation.Aggregate``; before the state is rounded to
+            the type that travels; None without training.
         state_digest: SHA-256 of the state after the round.
         seconds: Wall time of the round at the server.
     """

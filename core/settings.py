@@ -17,7 +17,7 @@ from pydantic import (
 
 from dafne_federated.core.errors import AdapterError, SettingsError
 from dafne_federated.core.methods import method_parts
-from dafne_federated.core.plan import LAYER_CHOICES
+from dafne_federated.core.plan import LAYER_CHOICES, WireType
 
 
 class RunSettings(BaseModel):
@@ -35,12 +35,15 @@ class RunSettings(BaseModel):
         rank: Rank of the pairs.
         max_rank: Largest rank accepted from a site.
         scale: The update of a kernel is scale * a @ b.
+        wire: How states travel; ``float16`` halves the bytes. The state of each round then has
+            the digits of float16, at the sites and in what is released.
         seed: All randomness follows from it, the site's name and the round.
         min_sites: A round counts with at least so many sites.
         deadline: Longest wait for a round's answers, in seconds.
         wait: Longest wait for the first ``min_sites`` sites, in seconds.
         threads: CPU threads of one operation, 0 for all cores.
         device: ``auto``, ``cpu`` or ``gpu``.
+        precision: Of convolutions while a simulated site trains; see ``SiteSettings``.
         max_cases: More training cases than this are not believed of any site.
         max_norm_ratio: An update that moves the base more than so many times the median of the
             round's updates is refused; needs three sites.
@@ -69,12 +72,14 @@ class RunSettings(BaseModel):
     rank: int = Field(default=4, ge=1, le=256)
     max_rank: int = Field(default=16, ge=1, le=256)
     scale: float = Field(default=1.0, gt=0, le=100)
+    wire: WireType = "float32"
     seed: int = Field(default=1, ge=0, le=2**31 - 1)
     min_sites: int = Field(default=2, ge=1)
     deadline: float = Field(default=3600.0, gt=0)
     wait: float = Field(default=300.0, gt=0)
     threads: int = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "gpu"] = "auto"
+    precision: Literal["float32", "bfloat16"] = "float32"
     max_norm_ratio: float = Field(default=20.0, gt=1)
     max_cases: int = Field(default=100_000, ge=1)
     gate: Literal["validation", "none"] = "validation"

@@ -20,7 +20,7 @@ from dafne_federated.core.errors import AdapterError
 from dafne_federated.core.files import arrays_digest, sha256
 from dafne_federated.core.folded_layers import convolutions, fold_convolution
 from dafne_federated.core.network_graph import Step, read_graph, run_steps
-from dafne_federated.core.network_layers import Tensor, leaf_layers
+from dafne_federated.core.network_layers import Precision, Tensor, leaf_layers
 from dafne_federated.core.plan import Target
 
 Features = list[npt.NDArray[np.float32]]
@@ -32,6 +32,9 @@ class SuffixNetwork:
     Args:
         adapted: The network with its plan.
         saved: Whether to cut it where the first trained layer lies.
+        precision: Of the suffix's convolutions that have their normalisation folded in: not of
+            the head, nor of kernels that are trained whole. All the rest is float32: features,
+            trained variables, sums, probabilities and the weight map.
 
     Attributes:
         trained: The suffix as a model; its input is a list of features.
@@ -44,10 +47,12 @@ class SuffixNetwork:
         AdapterError: The network is not a graph of layers.
     """
 
-    def __init__(self, adapted: AdaptedNetwork, saved: bool = True) -> None:
+    def __init__(
+        self, adapted: AdaptedNetwork, saved: bool = True, precision: Precision = "float32"
+    ) -> None:
         self.plan = adapted.plan
         self.weights_digest = _digest(adapted.network)
-        cut = _cut(adapted, saved)
+        cut = _cut(adapted, saved, precision)
         self.trained = _Suffix(cut, adapted)
         self.shapes = cut.shapes
         self.saved = bool(cut.prefix)
@@ -136,7 +141,7 @@ class _Prefix(keras.Model):  # type: ignore[misc]
         return [ops.convert_to_tensor(known[number]) for number in self._cut.border]
 
 
-def _cut(adapted: AdaptedNetwork, saved: bool) -> _Cut:
+def _cut(adapted: AdaptedNetwork, saved: bool, precision: Precision) -> _Cut:
     graph = read_graph(adapted.network)
     if len(graph.inputs) != 1 or len(graph.outputs) != 1:
         msg = f"expected a network with one input and one output, got {adapted.network.name!r}"
@@ -157,7 +162,8 @@ def _cut(adapted: AdaptedNetwork, saved: bool) -> _Cut:
             prefix.append(step)
         elif found and (found.norm or constant):
             changes, scale = adapted.trained.changes, adapted.plan.scale
-            *sums, rest = fold_convolution(found, constant, changes, scale, len(shapes))
+            new = len(shapes)
+            *sums, rest = fold_convolution(found, constant, changes, scale, new, precision)
             prefix += sums
             shapes += [graph.shapes[found.output]] * len(sums)
             suffix.append(rest)

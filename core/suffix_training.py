@@ -6,7 +6,7 @@ from dafne_federated.core.adapters import AdaptedNetwork
 from dafne_federated.core.errors import AdapterError
 from dafne_federated.core.loss_parts import Loss
 from dafne_federated.core.methods import frozen_share, worth_keeping
-from dafne_federated.core.network_layers import describe_layers
+from dafne_federated.core.network_layers import Precision, describe_layers
 from dafne_federated.core.prefix_cache import PrefixCache
 from dafne_federated.core.slices import PreparedSlices
 from dafne_federated.core.suffix_network import SuffixNetwork
@@ -24,17 +24,21 @@ class SuffixTraining:
     Args:
         adapted: The network with its plan.
         loss: The loss of the base's own training function.
+        precision: See ``SuffixNetwork``; a network that has no suffix trains in float32.
     """
 
-    def __init__(self, adapted: AdaptedNetwork, loss: Loss) -> None:
+    def __init__(
+        self, adapted: AdaptedNetwork, loss: Loss, precision: Precision = "float32"
+    ) -> None:
         self.adapted = adapted
         self._loss = loss
+        self._precision = precision
         self._suffix: SuffixNetwork | None = None
         self._compiled: dict[bool, AdapterTraining] = {}
         layers = describe_layers(adapted.network)
         self._worth_keeping = worth_keeping(frozen_share(layers, adapted.plan.targets))
         try:
-            self._suffix = SuffixNetwork(adapted)
+            self._suffix = SuffixNetwork(adapted, precision=precision)
         except AdapterError as error:
             log.info("training the network as it is: %s", error)
 
@@ -69,6 +73,8 @@ class SuffixTraining:
         if cached not in self._compiled:
             network: AdaptedNetwork | SuffixNetwork = self.adapted
             if self._suffix:
-                network = self._suffix if cached else SuffixNetwork(self.adapted, saved=False)
+                network = self._suffix
+                if not cached:
+                    network = SuffixNetwork(self.adapted, saved=False, precision=self._precision)
             self._compiled[cached] = AdapterTraining(network, self._loss)
         return self._compiled[cached]

@@ -14,7 +14,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dafne_federated.core.errors import MessageError
-from dafne_federated.core.plan import Sha256
+from dafne_federated.core.plan import Sha256, WireType
 
 PROTOCOL = 1
 QUERY_OFFER = "query.offer"
@@ -137,6 +137,9 @@ class RoundRequest(WireMessage):
     """Train from the state that comes along, and evaluate that state first.
 
     With ``epochs`` 0 the state is only evaluated.
+
+    Attributes:
+        wire: How the values of states travel with this message and with its answer.
     """
 
     protocol: Literal[1] = 1
@@ -148,6 +151,7 @@ class RoundRequest(WireMessage):
     batch_size: int = Field(ge=1)
     learning_rate: float = Field(gt=0)
     seed: int = Field(ge=0)
+    wire: WireType = "float32"
 
 
 class RoundReply(WireMessage):

@@ -20,9 +20,9 @@ from dafne_federated.core.wire import (
     EVALUATE_STATE,
     TRAIN_ROUND,
     RoundRequest,
-    array_record,
     record_bytes,
 )
+from dafne_federated.core.wire_arrays import rounded, state_record
 from dafne_federated.server.exchange import Replies, exchange
 from dafne_federated.server.membership import Members, gather
 from dafne_federated.strategies import STRATEGIES
@@ -54,7 +54,8 @@ def run_rounds(grid: Grid, folder: RunFolder) -> None:
 
 def first_state(info: RunInfo, plan: AdaptationPlan) -> State:
     """Return the state that a run starts from; it changes nothing."""
-    return initial_state(plan, zlib.crc32(f"{info.settings.seed}/initial state".encode()))
+    state = initial_state(plan, zlib.crc32(f"{info.settings.seed}/initial state".encode()))
+    return rounded(state, info.settings.wire)
 
 
 def _round(
@@ -78,8 +79,9 @@ def _round(
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate_in(number),
         seed=settings.seed,
+        wire=settings.wire,
     )
-    content = request.to_record(array_record(state))
+    content = request.to_record(state_record(state, settings.wire))
     folder.event("round started", round=number, sites=sorted(members.nodes), trained=trained)
     replies = exchange(
         grid,
@@ -122,7 +124,8 @@ def _round(
             msg = f"round {number}: expected {settings.min_sites} updates, got {got}"
             raise RunError(msg)
         aggregate = STRATEGIES[settings.strategy](plan, updates)
-        state, error = aggregate.state, aggregate.error
+        # What is kept and may be released is what the sites will get and evaluate.
+        state, error = rounded(aggregate.state, settings.wire), aggregate.error
         log.info("round %d: aggregation error %.2g", number, error)
     line = RoundLine(
         round=number,

@@ -283,6 +283,7 @@ def _make(
             approvals=approvals.path.resolve(),
             threads=settings.threads,
             device=settings.device,
+            precision=settings.precision,
         )
         keep_site(run, site)
     test = {name: tuple(ref.name for ref in cases.test) for name, cases in partition.sites.items()}

@@ -77,7 +77,7 @@ def judge(
         if not 0 < reply.training_cases <= max_cases:
             msg = f"training cases: expected 1 to {max_cases}, got {reply.training_cases}"
             raise StateError(msg)
-        state = take_state(content, plan)
+        state = take_state(content, plan, request.wire)
         for key, array in state.items():
             if (largest := float(np.abs(array).max(initial=0.0))) > _LARGEST_VALUE:
                 msg = f"array {key!r}: expected values within {_LARGEST_VALUE:g}, got {largest:.3g}"

@@ -32,7 +32,7 @@ from dafne_federated.core.wire import (  # noqa: E402
     RoundRequest,
     array_record,
 )
-from dafne_federated.core.wire_arrays import take_state  # noqa: E402
+from dafne_federated.core.wire_arrays import state_record, take_state  # noqa: E402
 
 RUN = "0" * 32
 
@@ -86,7 +86,9 @@ class SiteUnderTest:
         content = BaseModelBytes(run=RUN, base_digest=digest).to_record(arrays)
         return BaseReply.from_record(self.ask(content, "train.base"))
 
-    def round(self, plan: AdaptationPlan, epochs: int = 1, **changes: Any) -> RecordDict:
+    def round(
+        self, plan: AdaptationPlan, epochs: int = 1, sent: Any = None, **changes: Any
+    ) -> RecordDict:
         request = RoundRequest(
             run=RUN,
             round=1,
@@ -98,7 +100,8 @@ class SiteUnderTest:
             seed=1,
         ).model_copy(update=changes)
         kind = "train.round" if epochs else "evaluate.state"
-        return self.ask(request.to_record(initial_state(plan, 0)), kind)
+        arrays = state_record(initial_state(plan, 0), sent or request.wire)
+        return self.ask(request.to_record(arrays), kind)
 
 
 MakeSite = Callable[..., SiteUnderTest]
@@ -195,6 +198,18 @@ def test_a_round_gives_an_update_and_the_dice_of_what_came(
     assert state_bytes(plan, again) == state_bytes(plan, state)  # same round, same bits
     other = take_state(ready.round(plan, epochs=2, round=2), plan)
     assert state_bytes(plan, other) != state_bytes(plan, state)
+
+
+def test_an_update_comes_in_the_type_that_was_asked_for(
+    ready: SiteUnderTest, plan: AdaptationPlan
+) -> None:
+    content = ready.round(plan, wire="float16")
+    assert {array.dtype for array in content.array_records["arrays"].values()} == {"float16"}
+    take_state(content, plan, "float16")
+    for sent, wire in (("float32", "float16"), ("float16", "float32")):
+        reply = RoundReply.from_record(ready.round(plan, sent=sent, wire=wire))
+        assert reply.status == "refused"
+        assert f"{wire}, got" in reply.reason
 
 
 def test_evaluation_alone_sends_no_arrays(ready: SiteUnderTest, plan: AdaptationPlan) -> None:

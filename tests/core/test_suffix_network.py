@@ -303,3 +303,21 @@ for k in start:
     environment = {**os.environ, "KERAS_BACKEND": name}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
+
+
+@pytest.mark.parametrize("form", NETWORKS)
+def test_in_bfloat16_outputs_are_near_and_the_weight_map_is_exact(form: str) -> None:
+    adapted = adapted_of(form, "lora decoder without skips")
+    inputs = np.random.default_rng(2).normal(size=(3, *adapted.network.input_shape[1:]))
+    whole = adapted.predict(inputs)
+    cut = SuffixNetwork(adapted, precision="bfloat16")
+    features = cut.features(inputs.astype(np.float32))
+    for feature, other in zip(
+        features, SuffixNetwork(adapted).features(inputs.astype(np.float32)), strict=True
+    ):
+        np.testing.assert_array_equal(feature, other)
+    found = np.asarray(cut.trained.predict_on_batch(features))
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found[..., -1], whole[..., -1])
+    np.testing.assert_allclose(found, whole, atol=2e-2)
+    assert np.abs(found - whole).max() > 1e-5  # it did compute in bfloat16

@@ -14,17 +14,18 @@ keras = pytest.importorskip("keras")
 from dafne_federated.core.adapters import AdaptedNetwork  # noqa: E402 - needs keras
 from dafne_federated.core.function_sources import NetworkSpec  # noqa: E402
 from dafne_federated.core.methods import Choices, plan_targets  # noqa: E402
+from dafne_federated.core.model_file import keras_weights  # noqa: E402
 from dafne_federated.core.network_layers import describe_layers  # noqa: E402
 from dafne_federated.core.plan import AdaptationPlan  # noqa: E402
 from dafne_federated.core.prefix_cache import PrefixCache  # noqa: E402
 from dafne_federated.core.slices import PreparedSlices  # noqa: E402
-from dafne_federated.core.state import initial_state  # noqa: E402
+from dafne_federated.core.state import check_state, fold, initial_state  # noqa: E402
 from dafne_federated.core.suffix_network import without_skips  # noqa: E402
 from dafne_federated.core.suffix_training import SuffixTraining  # noqa: E402
 from dafne_federated.core.training import AdapterTraining  # noqa: E402
 
 
-def adapted_network(where: str, rank: int = 2) -> AdaptedNetwork:
+def adapted_network(where: str, rank: int = 2, method: str = "lora") -> AdaptedNetwork:
     keras.utils.set_random_seed(0)
     spec = NetworkSpec(
         labels=("a", "b"), size=16, resolution=(1.0, 1.0), filters=(4, 6), strides=(2,)
@@ -32,10 +33,10 @@ def adapted_network(where: str, rank: int = 2) -> AdaptedNetwork:
     scope: dict[str, Any] = {}
     exec(spec.sources()["init_model_function"], scope)
     network = scope["init_model"]()
-    targets = plan_targets("lora", describe_layers(network), Choices(where=where))
+    targets = plan_targets(method, describe_layers(network), Choices(where=where))
     plan = AdaptationPlan(
         base_digest="0" * 64,
-        method="lora",
+        method=method,
         rank=rank,
         max_rank=8,
         scale=1,
@@ -85,6 +86,40 @@ def test_state_losses_and_steps_are_those_of_plain_training(tmp_path: Path, wher
         x = slices.inputs()
         np.testing.assert_allclose(adapted.predict(x), plain.predict(x), atol=1e-5)
     assert len(list(tmp_path.iterdir())) == (where == "decoder")
+
+
+@pytest.mark.parametrize(
+    ("where", "method"), [("decoder", "lora"), ("all", "lora"), ("all", "ssf"), ("all", "full")]
+)
+@pytest.mark.parametrize("room", [10, 0], ids=["cached", "uncached"])
+def test_training_in_bfloat16_ends_near_training_in_float32(
+    tmp_path: Path, where: str, method: str, room: int
+) -> None:
+    slices, states, outputs, losses = some_slices(), [], [], []
+    for precision in ("float32", "bfloat16"):
+        adapted = adapted_network(where, method=method)
+        cache = PrefixCache(tmp_path, room)
+        training = SuffixTraining(adapted, loss, precision)
+        losses.append(training.run(slices, 3, 2, 0.003, 4, cache=cache).loss)
+        states.append(adapted.read())
+        check_state(adapted.plan, states[-1])
+        outputs.append(adapted.predict(slices.inputs()))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    np.testing.assert_allclose(outputs[1], outputs[0], atol=1e-2)
+    changed = any(not np.array_equal(states[0][key], states[1][key]) for key in states[0])
+    assert changed == (method == "lora")  # the others have no kernel to compute otherwise
+
+
+def test_after_bfloat16_the_folded_model_computes_what_was_evaluated(tmp_path: Path) -> None:
+    adapted = adapted_network("decoder")
+    weights = keras_weights(adapted.network.get_weights())
+    SuffixTraining(adapted, loss, "bfloat16").run(some_slices(), 2, 2, 0.01, 4)
+    before = adapted.predict(some_slices().inputs())
+    folded = fold(weights, adapted.plan, adapted.read())
+    assert {array.dtype for array in folded.values()} == {np.dtype("float32")}
+    plain = adapted_network("decoder")
+    plain.network.set_weights([folded[key] for key in sorted(folded)])
+    np.testing.assert_allclose(plain.predict(some_slices().inputs()), before, atol=2e-6)
 
 
 def test_a_second_run_gives_the_same_bits(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
-from dafne_federated.core.errors import MessageError
-from dafne_federated.core.plan import AdaptationPlan
+from dafne_federated.core.errors import MessageError, StateError
+from dafne_federated.core.plan import AdaptationPlan, WireType
 from dafne_federated.core.state import State
 from dafne_federated.core.wire import (
     BaseModelBytes,
@@ -20,7 +20,7 @@ from dafne_federated.core.wire import (
     array_record,
     record_bytes,
 )
-from dafne_federated.core.wire_arrays import take_bytes, take_state
+from dafne_federated.core.wire_arrays import rounded, state_record, take_bytes, take_state
 
 SHA = "a" * 64
 RUN = "0" * 32
@@ -115,6 +115,57 @@ def test_a_state_survives_the_trip(
         np.testing.assert_array_equal(back[key], value)
     size = sum(value.nbytes for value in state.values())
     assert size < record_bytes(content) < size + 200 * (len(state) + 5)
+
+
+def test_a_state_may_travel_in_half_the_bytes(
+    small_plan: AdaptationPlan, make_state: Callable[..., State]
+) -> None:
+    state = make_state(0)
+    whole, half = (
+        RecordDict({"arrays": state_record(state, wire)}) for wire in ("float32", "float16")
+    )
+    values = sum(value.size for value in state.values())
+    assert record_bytes(whole) - record_bytes(half) == 2 * values
+    back = take_state(half, small_plan, "float16")
+    assert {value.dtype for value in back.values()} == {np.dtype("float32")}
+    assert back.keys() == state.keys()
+    for key, value in state.items():
+        np.testing.assert_allclose(back[key], value, rtol=2**-11, atol=2**-25)
+        np.testing.assert_array_equal(back[key], rounded(state, "float16")[key])
+
+
+@pytest.mark.parametrize("wire", ["float32", "float16"])
+def test_what_was_rounded_arrives_as_it_is(
+    small_plan: AdaptationPlan, make_state: Callable[..., State], wire: WireType
+) -> None:
+    state = rounded(make_state(0), wire)
+    content = RecordDict({"arrays": state_record(state, wire)})
+    for key, value in take_state(content, small_plan, wire).items():
+        np.testing.assert_array_equal(value, state[key])
+    for key, value in rounded(state, wire).items():
+        np.testing.assert_array_equal(value, state[key])
+
+
+@pytest.mark.parametrize(("sent", "agreed"), [("float32", "float16"), ("float16", "float32")])
+def test_another_type_than_agreed_is_refused(
+    small_plan: AdaptationPlan, make_state: Callable[..., State], sent: Any, agreed: Any
+) -> None:
+    content = RecordDict({"arrays": state_record(make_state(0), sent)})
+    with pytest.raises(StateError, match=rf"expected .* {agreed}, got .* {sent}"):
+        take_state(content, small_plan, agreed)
+
+
+@pytest.mark.parametrize("value", [7e4, -65520, np.inf, np.nan])
+def test_a_value_that_float16_cannot_hold_is_one_error_at_the_sender(
+    make_state: Callable[..., State], value: float
+) -> None:
+    state = make_state(0)
+    state["0006/delta"][0, 0, 1, 2] = value
+    for send in (state_record, rounded):
+        with pytest.raises(StateError, match="'0006/delta': expected values within 65504"):
+            send(state, "float16")
+    state["0006/delta"][0, 0, 1, 2] = 65504
+    assert rounded(state, "float16")["0006/delta"][0, 0, 1, 2] == 65504
 
 
 def test_bytes_survive_the_trip_and_are_bounded() -> None:

@@ -24,7 +24,7 @@ from dafne_federated.core.wire import (
     RoundReply,
     RoundRequest,
 )
-from dafne_federated.core.wire_arrays import take_bytes, take_state
+from dafne_federated.core.wire_arrays import state_record, take_bytes, take_state
 
 BASE = b"the bytes of a base"
 
@@ -58,7 +58,7 @@ class PretendSite:
 
     def round(self, message: Message) -> RecordDict:
         request = RoundRequest.from_record(message.content)
-        state = take_state(message.content, self.plan)
+        state = take_state(message.content, self.plan, request.wire)
         # A deterministic "training": a step that follows from site and round.
         generator = np.random.default_rng([len(self.name), ord(self.name[-1]), request.round])
         new = {
@@ -76,7 +76,7 @@ class PretendSite:
             dice=[level] * len(self.plan.labels),
             dice_cases=[1] * len(self.plan.labels),
         )
-        return reply.to_record(new if request.epochs else None)
+        return reply.to_record(state_record(new, request.wire) if request.epochs else None)
 
 
 class PretendGrid(Grid):

@@ -98,6 +98,36 @@ def test_a_run_stopped_anywhere_ends_in_the_same_bits(
     assert final(folder) == final(unbroken)
 
 
+def test_half_the_bytes_and_the_kept_state_is_the_one_that_sites_evaluate(
+    new_run: Make, make_grid: Make
+) -> None:
+    whole, half = new_run(), new_run(wire="float16")
+    states = []
+
+    def note(message: Message, content: RecordDict) -> RecordDict:
+        if message.metadata.message_type in ("train.round", "evaluate.state"):
+            states.append(message.content.array_records["arrays"])
+        return content
+
+    for folder in (whole, half):
+        grid = make_grid(folder)
+        states.clear()
+        next(iter(grid.sites.values())).change = note
+        run_rounds(grid, folder)
+    values = sum(value.size for value in half.state_after(1).values())
+    for one, other in zip(whole.rounds()[1:3], half.rounds()[1:3], strict=True):
+        for name, site in one.sites.items():
+            # The request also says which type it is; that is as long in both.
+            assert site.bytes_up - other.sites[name].bytes_up == 2 * values
+            assert site.bytes_down - other.sites[name].bytes_down == 2 * values
+    received = states[-len(half.rounds()) :]
+    for number in (1, 2, 3):
+        for key, value in half.state_after(number).items():
+            sent = received[number][key].numpy()
+            assert sent.dtype == np.float16
+            np.testing.assert_array_equal(sent.astype(np.float32), value)
+
+
 def spoil_arrays(message: Message, content: RecordDict) -> RecordDict:
     if "arrays" in content:
         from flwr.app import Array

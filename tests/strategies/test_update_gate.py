@@ -10,6 +10,7 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.state import State
 from dafne_federated.core.wire import RoundReply, RoundRequest
+from dafne_federated.core.wire_arrays import rounded, state_record
 from dafne_federated.strategies.update_gate import Verdict, judge
 
 RUN = "0" * 32
@@ -174,6 +175,25 @@ def test_a_rank_above_the_bound_is_refused(
     assert verdict.reason == "rank: expected 1 to 6, got 7"
     within = judge("site-a", reply.to_record(make_state(0, 6)), request_, small_plan, 1000)
     assert within.status == "ok"
+
+
+def test_the_request_says_in_which_type_an_update_comes(
+    request_: RoundRequest,
+    reply: RoundReply,
+    small_plan: AdaptationPlan,
+    make_state: Callable[..., State],
+) -> None:
+    half = request_.model_copy(update={"wire": "float16"})
+    content = reply.to_record(state_record(make_state(0), "float16"))
+    verdict = judge("site-a", content, half, small_plan, 1000)
+    assert verdict.update is not None
+    for key, value in rounded(make_state(0), "float16").items():
+        np.testing.assert_array_equal(verdict.update.state[key], value)
+    assert "float32, got" in judge("site-a", content, request_, small_plan, 1000).reason
+    whole = judge("site-a", reply.to_record(make_state(0)), half, small_plan, 1000)
+    assert "float16, got" in whole.reason
+    content.array_records["arrays"]["0006/delta"] = Array(np.full((1, 1, 4, 3), np.nan, "f2"))
+    assert "finite" in judge("site-a", content, half, small_plan, 1000).reason
 
 
 def test_a_sites_own_no_is_passed_on(judged: Judge) -> None:
