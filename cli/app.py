@@ -15,6 +15,7 @@ from dafne_federated.cli.finetune import finetune
 from dafne_federated.cli.inspect import inspect
 from dafne_federated.cli.merge import merge
 from dafne_federated.cli.methods import methods
+from dafne_federated.cli.new_task import new_task
 from dafne_federated.cli.printable import printable
 from dafne_federated.cli.report import report
 from dafne_federated.cli.simulate import simulate
@@ -33,6 +34,7 @@ app.command("simulate")(simulate)
 app.command("inspect")(inspect)
 app.command("approve")(approve)
 app.command("methods")(methods)
+app.command("new-task")(new_task)
 app.command("check-data")(check_data)
 app.command("train")(train)
 app.command("finetune")(finetune)
