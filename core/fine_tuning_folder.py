@@ -287,12 +287,15 @@ class FineTuningFolder:
 
 
 def _compared(info: FineTuningInfo) -> dict[str, Any]:
-    """Return what must be the same when a run goes on, by the name that a person knows."""
+    """Return what must be the same when a run goes on, by the name that a person knows.
+
+    The plan follows from it; its digest does not: it covers names of layers, which Keras
+    counts up from network to network.
+    """
     settings = info.settings.model_dump(mode="json", by_alias=True, exclude={"device", "gate"})
     return settings | {
         "model": info.given_digest[:16],
         "base": info.base_digest[:16],
-        "plan": info.plan_digest[:16],
         "classification": info.classification,
         **{f"{name} cases": list(info.cases[name]) for name in PARTS},
     }
