@@ -109,7 +109,8 @@ def run_fine_tuning(job: FineTuningJob, stages: Stages) -> FineTuningOutcome:
     with folder.lock():
         base = base_for(job.given, job.labels, job.settings.seed, folder, approvals)
         tuning = plan_fine_tuning(RunningModel(base, approvals), job.settings)
-        info = folder.begin(_info(job, tuning, parts), tuning.plan)
+        begun_with = folder.begin(_info(job, tuning, parts), tuning.plan)
+        info = begun_with.model_copy(update={"settings": job.settings})  # the gate may be another
         begun = time.monotonic()
         with stages.stage("Preparing images", len(parts["training"] + parts["validation"])) as done:
             slices = [
