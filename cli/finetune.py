@@ -33,19 +33,20 @@ def finetune(
     data: Annotated[Path, typer.Argument(help="Folder of NIfTI pairs or Dafne bundles.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The new .model file.")],
     run: Annotated[
-        Path | None, typer.Option(help="Folder of the run; go on if it is one. [OUTPUT.run]")
+        Path | None,
+        typer.Option(help="Folder of the run, by default OUTPUT.run; go on if it is one."),
     ] = None,
     site: Annotated[str | None, typer.Option(help="Only the cases of this site.")] = None,
     labels: Annotated[
         str | None,
         typer.Option(
-            help="Labels of the new model, with commas, or 'base' for those of MODEL. "
-            "[of the data where MODEL lacks some, else of MODEL]"
+            help="Labels of the new model, with commas, or 'base' for those of MODEL; by "
+            "default those of the data where MODEL lacks some."
         ),
     ] = None,
     shares: Annotated[str, typer.Option(help="Persons for training, validation, test.")] = "2,1,1",
     schedule: Annotated[
-        str | None, typer.Option(help="all, or gradual: from the output backwards. [all]")
+        str | None, typer.Option(help="all (default), or gradual: from the output backwards.")
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="At most so many passes. [40]")] = None,
     patience: Annotated[
@@ -53,10 +54,10 @@ def finetune(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help=f"{', '.join(METHODS)}; several with + between them. [lora]"),
+        typer.Option(help=f"{', '.join(METHODS)}; several with + between them. By default lora."),
     ] = None,
     layers: Annotated[
-        str | None, typer.Option(help="With lora: all, decoder or encoder. [all]")
+        str | None, typer.Option(help="With lora: all (default), decoder or encoder.")
     ] = None,
     last: Annotated[int | None, typer.Option(help="With last-k: how many layers. [2]")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the low-rank pairs. [4]")] = None,
@@ -66,21 +67,21 @@ def finetune(
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Slices in a step. [4]")] = None,
     gate: Annotated[
-        str | None, typer.Option(help="validation, or none: write in any case. [validation]")
+        str | None, typer.Option(help="validation (default), or none: write in any case.")
     ] = None,
     classification: Annotated[
         str, typer.Option(help="Class of the data as Dafne names it, e.g. 'Thigh, Left'.")
     ] = "",
     seed: Annotated[int | None, typer.Option(help="All randomness follows from it. [1]")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads, 0 for all cores. [0]")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or gpu. [auto]")] = None,
+    device: Annotated[str | None, typer.Option(help="auto (default), cpu or gpu.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Adapt a model to your own images; write the new .model only if it is better.
 
-    Persons are divided into training, validation (the best epoch) and test. A run that was
-    stopped goes on with the same command and ends in the same model.
+    Persons are divided: for training, for choosing the best epoch, and for a test at the end. A
+    run that was stopped goes on with the same command and ends in the same model.
 
     Example: dafne-federated finetune Thigh_1700000000.model data/thigh -o Ours.model
     """
