@@ -149,8 +149,8 @@ def run_fine_tuning(job: FineTuningJob, stages: Stages) -> FineTuningOutcome:
         write_fine_tuning_report(folder, info, tuning.plan, tuned.progress, result, rows, overlays)
         folder.finish(result)
         if data:
-            write_atomic(job.output, data)
             approvals.add(replace(model, digest=result.digest), "fine-tuned on this machine")
+            write_atomic(job.output, data)  # last: a file that is there is finished and approved
         folder.clear()
     return FineTuningOutcome(folder, info, result, tuned.progress.lines, rows)
 
