@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from dafne_federated.cli.approve import approve
 from dafne_federated.cli.check_data import check_data
 from dafne_federated.cli.evaluate import evaluate
+from dafne_federated.cli.finetune import finetune
 from dafne_federated.cli.inspect import inspect
 from dafne_federated.cli.merge import merge
 from dafne_federated.cli.methods import methods
@@ -36,6 +37,7 @@ app.command("methods")(methods)
 app.command("new-task")(new_task)
 app.command("check-data")(check_data)
 app.command("train")(train)
+app.command("finetune")(finetune)
 app.command("evaluate")(evaluate)
 app.command("merge")(merge)
 app.command("report")(report)

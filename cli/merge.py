@@ -12,12 +12,13 @@ import typer
 from dafne_federated.cli.output_file import check_output
 from dafne_federated.core.approvals import Approvals
 from dafne_federated.core.errors import SettingsError
+from dafne_federated.core.merged_model import adapted_model
 from dafne_federated.core.model_file import ModelFile, read_model, write_model
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.core.state import load_state
 from dafne_federated.core.versions import versions
-from dafne_federated.server.release import adapted_model, provenance
+from dafne_federated.server.release import provenance
 
 
 def merge(

@@ -111,6 +111,13 @@ def load_case(ref: CaseRef, labels: Mapping[int, str]) -> Case:
     )
 
 
+def label_names(ref: CaseRef, folder: DataFolder) -> list[str]:
+    """Return the names of the labels that a case can have; none where it has no masks."""
+    if ref.is_bundle:
+        return bundle_labels(ref.image)
+    return [] if ref.label is None else list(folder.labels.values())
+
+
 def files_left_out(folder: DataFolder) -> list[str]:
     """Return the names of images in the folder that no case refers to, sorted."""
     found = _files(folder.path, (_BUNDLE,)) or _images(folder.path)

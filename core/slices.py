@@ -1,7 +1,7 @@
 """Prepared slices: what a network trains on, after the base model's own preprocessing."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,10 @@ class PreparedSlices:
     def targets(self, chosen: npt.NDArray[np.intp]) -> npt.NDArray[np.float32]:
         """Return the target alone, (k, rows, columns, channels) float32."""
         return np.eye(self.channels, dtype=np.float32)[self.labels[chosen]]
+
+    def without_weights(self) -> "PreparedSlices":
+        """Return the slices with a weight map of zeros, as a network sees them in use."""
+        return replace(self, weights=np.zeros_like(self.weights))
 
     def inputs(self) -> npt.NDArray[np.float32]:
         """Return all images as network input without a weight map, (n, rows, columns, 2)."""

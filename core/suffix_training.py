@@ -10,7 +10,7 @@ from dafne_federated.core.network_layers import Precision, describe_layers
 from dafne_federated.core.prefix_cache import PrefixCache
 from dafne_federated.core.slices import PreparedSlices
 from dafne_federated.core.suffix_network import SuffixNetwork
-from dafne_federated.core.training import AdapterTraining, OnEpoch, TrainingResult
+from dafne_federated.core.training import AdapterTraining, Batches, OnEpoch, TrainingResult
 
 log = logging.getLogger(__name__)
 
@@ -63,11 +63,25 @@ class SuffixTraining:
             on_epoch: Called with the epoch, 1 first, and its loss.
             cache: Where features are kept, if they may be.
         """
+        training, batches = self.on(slices, cache)
+        return training.run(batches, epochs, batch_size, learning_rate, seed, on_epoch)
+
+    def on(
+        self, slices: PreparedSlices, cache: PrefixCache | None = None
+    ) -> tuple[AdapterTraining, Batches]:
+        """Return what trains on ``slices``, and the slices as it takes them.
+
+        Args:
+            slices: Slices; those to train on and others.
+            cache: Where features are kept, if they may be.
+
+        Returns:
+            The training, and a ``CachedSlices`` if features are kept, else ``slices``.
+        """
         cached = None
         if cache and self._suffix and self._suffix.saved and self._worth_keeping:
             cached = cache.slices(self._suffix, slices)
-        training = self._training(cached is not None)
-        return training.run(cached or slices, epochs, batch_size, learning_rate, seed, on_epoch)
+        return self._training(cached is not None), cached or slices
 
     def _training(self, cached: bool) -> AdapterTraining:
         if cached not in self._compiled:

@@ -1,7 +1,7 @@
 """Local training: epochs over prepared slices, for adapters and for whole networks."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
+from dafne_federated.core.errors import StateError
 from dafne_federated.core.loss_parts import Loss, loss_in_parts
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.slices import PreparedSlices
@@ -38,6 +39,29 @@ class Batches(Protocol):
 
 
 @dataclass(frozen=True)
+class Part:
+    """Some slices of many, those from ``first`` on.
+
+    Attributes:
+        whole: All slices.
+        first: Number of the first one of this part.
+        count: Slices of this part.
+    """
+
+    whole: Batches
+    first: int
+    count: int
+
+    def __len__(self) -> int:
+        """Return the number of slices of this part."""
+        return self.count
+
+    def batch(self, chosen: npt.NDArray[np.intp]) -> tuple[Any, npt.NDArray[np.float32]]:
+        """Return input and target of the chosen slices."""
+        return self.whole.batch(chosen + self.first)
+
+
+@dataclass(frozen=True)
 class TrainingResult:
     """What local training did.
 
@@ -54,6 +78,9 @@ class TrainingResult:
 
 class AdapterTraining:
     """Training of one adapted network; the compiled step is kept between rounds and sites.
+
+    ``run`` is all of a round at once. ``restart`` and then ``epoch`` again and again is the
+    same in steps; with ``optimiser`` and ``set_optimiser`` a later process can go on.
 
     Args:
         adapted: The network with its plan, or its suffix.
@@ -86,8 +113,7 @@ class AdapterTraining:
             seed: Order of the slices; the same seed gives the same bits.
             on_epoch: Called with the epoch, 1 first, and its loss.
         """
-        for variable, value in zip(self._trained.optimizer.variables, self._start, strict=True):
-            variable.assign(value)
+        self.restart()
         self._trained.optimizer.learning_rate.assign(learning_rate)
         generator = np.random.default_rng(seed)
         begun, losses, steps = time.monotonic(), [0.0], 0
@@ -97,6 +123,51 @@ class AdapterTraining:
             if on_epoch:
                 on_epoch(epoch, float(np.mean(losses)))
         return TrainingResult(float(np.mean(losses)), steps, time.monotonic() - begun)
+
+    def restart(self) -> None:
+        """Make the optimiser a fresh one."""
+        self._assign(self._start)
+
+    def optimiser(self) -> dict[str, npt.NDArray[np.generic]]:
+        """Return all that the optimiser knows, by the number of the variable."""
+        variables = self._trained.optimizer.variables
+        return {f"{number:04d}": np.array(v.numpy()) for number, v in enumerate(variables)}
+
+    def set_optimiser(self, values: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        """Give the optimiser what ``optimiser`` returned.
+
+        Raises:
+            StateError: The arrays are those of another plan.
+        """
+        expected = {key: (v.shape, v.dtype) for key, v in self.optimiser().items()}
+        got = {key: (value.shape, value.dtype) for key, value in values.items()}
+        if got != expected:
+            msg = f"optimiser: expected {len(expected)} arrays of this plan, got {len(got)} others"
+            raise StateError(msg)
+        self._assign([values[key] for key in sorted(values)])
+
+    def epoch(
+        self, slices: Batches, batch_size: int, learning_rate: float, order: Sequence[int]
+    ) -> float:
+        """Train one epoch from where the last one ended, and return the mean loss of its steps.
+
+        Args:
+            slices: Training slices.
+            batch_size: Slices in a step.
+            learning_rate: Of Adam in this epoch.
+            order: What the order of the slices follows from, e.g. seed and epoch.
+        """
+        self._trained.optimizer.learning_rate.assign(learning_rate)
+        generator = np.random.default_rng(order)
+        return float(np.mean(train_epoch(self._trained, slices, batch_size, generator)))
+
+    def dice(self, slices: Batches) -> float:
+        """Return the Dice of the current state; see ``slice_dice``."""
+        return slice_dice(self._trained.predict_on_batch, slices, batch_size=4)
+
+    def _assign(self, values: Sequence[npt.NDArray[np.generic]]) -> None:
+        for variable, value in zip(self._trained.optimizer.variables, values, strict=True):
+            variable.assign(value)
 
 
 def train_epoch(
@@ -167,11 +238,12 @@ def train_network(
     network.trainable = True
     network.compile(optimizer=keras.optimizers.Adam(schedule, clipnorm=1.0), loss=loss)
     generator = np.random.default_rng(seed)
+    unseen = validation.without_weights() if validation else None
     begun, best, kept = time.monotonic(), 0, network.get_weights()
     history: list[tuple[float, float | None]] = []
     for epoch in range(1, epochs + 1):
         losses = train_epoch(network, training, batch_size, generator)
-        score = slice_dice(network.predict_on_batch, validation) if validation else None
+        score = slice_dice(network.predict_on_batch, unseen) if unseen else None
         history.append((float(np.mean(losses)), score))
         before = history[best][1]
         if epoch == 1 or score is None or before is None or score > before:
@@ -184,21 +256,26 @@ def train_network(
     return Fit(best + 1, history[best][1], history, time.monotonic() - begun)
 
 
-def slice_dice(
-    predict: Callable[[npt.NDArray[np.float32]], Any],
-    slices: PreparedSlices,
-    batch_size: int = 8,
-) -> float:
-    """Return the Dice over all pixels of all slices, mean over the labels that occur."""
-    both = np.zeros(slices.channels)
-    sizes = np.zeros(slices.channels)
-    inputs = slices.inputs()
-    for start in range(0, len(slices), batch_size):
-        output = np.asarray(predict(inputs[start : start + batch_size]))
-        found = output[..., : slices.channels].argmax(axis=-1)
-        truth = slices.labels[start : start + batch_size]
-        both += np.bincount(truth[truth == found].ravel(), minlength=slices.channels)
-        sizes += np.bincount(truth.ravel(), minlength=slices.channels)
-        sizes += np.bincount(found.ravel(), minlength=slices.channels)
+def slice_dice(predict: Callable[[Any], Any], slices: Batches, batch_size: int = 8) -> float:
+    """Return the Dice over all pixels of all slices, mean over the labels that occur.
+
+    Args:
+        predict: Returns the network's output for the input of some slices.
+        slices: Slices without a weight map, as in use.
+        batch_size: Slices at once; the last few are filled up, so that all batches have one size.
+    """
+    size = min(batch_size, len(slices))
+    both: Any = 0
+    sizes: Any = 0
+    for start in range(0, len(slices), size):
+        chosen = np.minimum(np.arange(start, start + size), len(slices) - 1)
+        inputs, targets = slices.batch(chosen)
+        channels = targets.shape[-1]
+        kept = slice(0, len(slices) - start)
+        truth = targets[kept].argmax(axis=-1)
+        found = np.asarray(predict(inputs))[kept, ..., :channels].argmax(axis=-1)
+        both += np.bincount(truth[truth == found].ravel(), minlength=channels)
+        sizes += np.bincount(truth.ravel(), minlength=channels)
+        sizes += np.bincount(found.ravel(), minlength=channels)
     occurring = sizes[1:] > 0
     return float((2 * both[1:] / np.maximum(sizes[1:], 1))[occurring].mean())

@@ -6,12 +6,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 from dafne_federated.core.files import write_atomic
+from dafne_federated.core.merged_model import adapted_model, release_name
 from dafne_federated.core.metrics import mean
 from dafne_federated.core.model_file import ModelFile, parse_model, write_model
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RoundLine, RunFolder, RunInfo, RunResult
 from dafne_federated.core.settings import RunSettings
-from dafne_federated.core.state import State, fold
 
 Scores = dict[str, dict[str, float | None]]
 
@@ -86,18 +86,6 @@ def choose_round(rounds: list[RoundLine], settings: RunSettings) -> tuple[int | 
     ], f"round {best[1]} has the largest gain in mean Dice, and no label lost more than the margin"
 
 
-def adapted_model(
-    base: ModelFile, plan: AdaptationPlan, state: State, timestamp_id: int
-) -> ModelFile:
-    """Return ``base`` with ``state`` folded in, as a newer version of the same family."""
-    return replace(
-        base,
-        digest="",
-        weights=fold(base.weights, plan, state),
-        timestamp_id=max(timestamp_id, base.timestamp_id + 1),
-    )
-
-
 def provenance(
     info: RunInfo, plan: AdaptationPlan, rounds: list[RoundLine], number: int
 ) -> dict[str, Any]:
@@ -138,13 +126,6 @@ def sidecar_metadata(model: ModelFile) -> dict[str, Any]:
         "type": model.type,
         "can_incremental_learn": bool(model.functions.get("incremental_learn_function")),
     }
-
-
-def release_name(base: ModelFile, created: int) -> str:
-    """Return ``Name_timestamp``; Dafne takes what is before the first ``_`` as the name."""
-    name = str(base.metadata.get("model_name") or "Model").replace("_", "-")
-    safe = "".join(c for c in name if c.isalnum() or c in " -()").strip() or "Model"
-    return f"{safe}_{max(created, base.timestamp_id + 1)}"
 
 
 def scores(line: RoundLine) -> Scores:

@@ -19,8 +19,14 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from dafne_federated.client.site_settings import SiteSettings, read_site
 from dafne_federated.core.approvals import Approvals, home_folder
 from dafne_federated.core.base_training import FitSettings, propose_spec, train_base
-from dafne_federated.core.bundles import bundle_labels
-from dafne_federated.core.dataset import CaseRef, DataFolder, load_case, open_folder, split_persons
+from dafne_federated.core.dataset import (
+    CaseRef,
+    DataFolder,
+    label_names,
+    load_case,
+    open_folder,
+    split_persons,
+)
 from dafne_federated.core.errors import DataError, RunError, SettingsError
 from dafne_federated.core.files import private_folder, write_atomic
 from dafne_federated.core.model_file import read_model, write_model
@@ -222,7 +228,7 @@ def _check(partition: Partition, images: DataFolder, settings: RunSettings) -> N
         )
         raise SettingsError(msg)
     for ref in _cases(partition):
-        if not _label_names(ref, images):
+        if not label_names(ref, images):
             msg = f"case {ref.name!r}: expected a label map or masks, got none; leave it out"
             raise DataError(msg)
 
@@ -230,7 +236,7 @@ def _check(partition: Partition, images: DataFolder, settings: RunSettings) -> N
 def _check_labels(partition: Partition, images: DataFolder, labels: Iterable[str]) -> None:
     known = set(labels) | {f"{label}{side}" for label in labels for side in ("_L", "_R")}
     for ref in _cases(partition):
-        names = _label_names(ref, images)
+        names = label_names(ref, images)
         if known.isdisjoint(names):
             msg = f"case {ref.name!r}: expected labels of the model, {sorted(labels)}"
             raise DataError(f"{msg}, got {sorted(names)}")
@@ -239,12 +245,6 @@ def _check_labels(partition: Partition, images: DataFolder, labels: Iterable[str
 def _cases(partition: Partition) -> list[CaseRef]:
     parts = [part for s in partition.sites.values() for part in (s.training, s.validation, s.test)]
     return [ref for part in (partition.base, *parts, partition.held_out) for ref in part]
-
-
-def _label_names(ref: CaseRef, images: DataFolder) -> list[str]:
-    if ref.is_bundle:
-        return bundle_labels(ref.image)
-    return [] if ref.label is None else list(images.labels.values())
 
 
 def _clear_sites(run: Path) -> None:

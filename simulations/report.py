@@ -155,12 +155,13 @@ def write_report(folder: RunFolder) -> Path:
         "label_legend": {label: label_swatch(n) for n, label in enumerate(plan.labels, start=1)},
         "settings": info.settings.model_dump(mode="json", by_alias=True),
     }
-    html = _environment().get_template("report.html.jinja").render(page)
+    html = page_environment().get_template("report.html.jinja").render(page)
     write_atomic(folder.report, html.encode())
     return folder.report
 
 
-def _environment() -> Environment:
+def page_environment() -> Environment:
+    """Return what turns the templates beside this file into pages."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -19,9 +19,10 @@ from dafne_federated.core.metrics import Agreement, agreement, mean
 from dafne_federated.core.model_file import read_model
 from dafne_federated.core.model_runtime import RunningModel
 from dafne_federated.core.plan import AdaptationPlan
+from dafne_federated.core.preprocessing import BiasFieldCache
 from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.core.state import State, load_state, save_state
-from dafne_federated.core.volumes import orientation
+from dafne_federated.core.volumes import Case, orientation
 from dafne_federated.server.rounds import first_state
 from dafne_federated.simulations.comparison import persons_to_show
 from dafne_federated.simulations.local_only import train_alone
@@ -56,6 +57,65 @@ def measure(
         names = [name for cases in prepared.test.values() for name in cases]
         names += [name for site in sites.values() for name in site.training]
         _check_release(folder, images, _refs(images, names))
+
+
+def measure_case(
+    model: RunningModel,
+    adapted: AdaptedNetwork,
+    case: Case,
+    site: str,
+    arms: Mapping[str, Sequence[State]],
+    cache: BiasFieldCache,
+    classification: str = "",
+) -> tuple[list[TestRow], Overlay]:
+    """Return how each arm agrees with the truth of a case, and a slice to look at.
+
+    Args:
+        model: The base.
+        adapted: Its network with the plan of all states.
+        case: Image and masks.
+        site: Site of the person.
+        arms: States by arm; of several the mean is taken.
+        cache: Keeps bias fields.
+        classification: The class as Dafne names it.
+    """
+    truth = known_masks(model, case)
+    marked = np.sum([mask.sum(axis=(0, 1)) for mask in truth.values()], axis=0)
+    index = int(np.argmax(marked))
+    rows: list[TestRow] = []
+    predictions: dict[str, NDArray[np.uint8]] = {}
+    for arm, states in arms.items():
+        measured: list[list[Agreement]] = []
+        for state in states:
+            adapted.write(state)
+            found = model.apply(case, adapted.predict, classification, cache)
+            predictions[arm] = label_map(model, found, index)
+            measured.append(agreement(case.name, truth, found, case.spacing))
+        for same in zip(*measured, strict=True):
+            rows.append(
+                TestRow(
+                    arm=arm,
+                    site=site,
+                    person=case.person,
+                    case=case.name,
+                    label=same[0].label,
+                    dice=mean([row.dice for row in same]),
+                    hd95=mean([row.hd95 for row in same]),
+                    volume_error=mean([row.volume_error for row in same]),
+                )
+            )
+    overlay = Overlay(
+        site=site,
+        person=case.person,
+        case=case.name,
+        slice_index=index,
+        image=case.image[..., index],
+        truth=label_map(model, truth, index),
+        predictions=predictions,
+        spacing=np.array(case.spacing[:2]),
+        orientation="" if case.affine is None else orientation(case.affine)[:2],
+    )
+    return rows, overlay
 
 
 def _alone(
@@ -130,43 +190,7 @@ def _test_case(
 ) -> tuple[list[TestRow], Overlay]:
     case = load_case(ref, images.labels)
     engine = bench.engine(plan, plan.rank)
-    truth = known_masks(engine.model, case)
-    marked = np.sum([mask.sum(axis=(0, 1)) for mask in truth.values()], axis=0)
-    index = int(np.argmax(marked))
-    rows: list[TestRow] = []
-    predictions: dict[str, NDArray[np.uint8]] = {}
-    for arm, states in arms.items():
-        measured: list[list[Agreement]] = []
-        for state in states:
-            engine.adapted.write(state)
-            found = engine.model.apply(case, engine.adapted.predict, cache=bench.bias_fields())
-            predictions[arm] = label_map(engine.model, found, index)
-            measured.append(agreement(case.name, truth, found, case.spacing))
-        for same in zip(*measured, strict=True):
-            rows.append(
-                TestRow(
-                    arm=arm,
-                    site=site,
-                    person=ref.person,
-                    case=ref.name,
-                    label=same[0].label,
-                    dice=mean([row.dice for row in same]),
-                    hd95=mean([row.hd95 for row in same]),
-                    volume_error=mean([row.volume_error for row in same]),
-                )
-            )
-    overlay = Overlay(
-        site=site,
-        person=ref.person,
-        case=ref.name,
-        slice_index=index,
-        image=case.image[..., index],
-        truth=label_map(engine.model, truth, index),
-        predictions=predictions,
-        spacing=np.array(case.spacing[:2]),
-        orientation="" if case.affine is None else orientation(case.affine)[:2],
-    )
-    return rows, overlay
+    return measure_case(engine.model, engine.adapted, case, site, arms, bench.bias_fields())
 
 
 def _check_release(folder: RunFolder, images: DataFolder, cases: Iterable[CaseRef]) -> None:

@@ -51,7 +51,7 @@ def _on_test_persons(comparison: Comparison, margin: float) -> list[str]:
     total = comparison.total
     before, after = total.dice("base") or 0.0, total.dice("federated") or 0.0
     who = f"{counted(total.persons, 'person')} of {counted(len(comparison.site_lines), 'site')}"
-    first = f"Federated adaptation {_moved(before, after)} on persons that nobody trained on"
+    first = f"Federated adaptation {moved(before, after)} on persons that nobody trained on"
     both = [p for p in comparison.persons.values() if "base" in p and "federated" in p]
     higher = sum(means["federated"] > means["base"] for means in both)
     first += f" ({who}; higher in {higher} of {len(both)} persons)"
@@ -92,12 +92,13 @@ def _on_validation_persons(result: RunResult) -> str:
         return "No Dice was measured, so nothing is known about the quality of this run."
     who = counted(len(result.base_dice), "site")
     return (
-        f"Federated adaptation {_moved(before, after)} on the validation persons of {who}; those "
+        f"Federated adaptation {moved(before, after)} on the validation persons of {who}; those "
         "persons also decided which round to release, so expect less on new ones."
     )
 
 
-def _moved(before: float, after: float) -> str:
+def moved(before: float, after: float) -> str:
+    """Return what became of mean Dice, e.g. ``raised mean Dice from 0.61 to 0.72``."""
     if abs(after - before) < _SAME:
         return f"left mean Dice practically unchanged ({_shown(before, after)})"
     return f"{'raised' if after > before else 'lowered'} mean Dice from {_shown(before, after)}"

@@ -1,12 +1,8 @@
 """Nothing worse than its base is released, and what is released says where it comes from."""
 
-from typing import Any
-
-import pytest
-
 from dafne_federated.core.run_folder import RoundLine, SiteRound
 from dafne_federated.core.settings import RunSettings
-from dafne_federated.server.release import choose_round, release_name, why_not
+from dafne_federated.server.release import choose_round, why_not
 
 SETTINGS = RunSettings(margin=0.05)
 
@@ -75,20 +71,3 @@ def test_without_any_measurement_nothing_is_released_unless_the_settings_say_so(
     number, reason = choose_round(rounds, RunSettings(gate="none"))
     assert number == 1
     assert "without a gate as the settings say" in reason
-
-
-@pytest.mark.parametrize(
-    ("name", "want"),
-    [
-        ("Thigh", "Thigh_2000"),
-        ("My_Model", "My-Model_2000"),
-        ("../../x", "x_2000"),
-        ("", "Model_2000"),
-    ],
-)
-def test_release_names_are_what_dafne_can_read_back(name: str, want: str) -> None:
-    class Base:
-        metadata: dict[str, Any] = {"model_name": name}  # noqa: RUF012
-        timestamp_id = 1000
-
-    assert release_name(Base(), 2000) == want  # type: ignore[arg-type]

@@ -26,10 +26,10 @@ from dafne_federated.core.errors import (  # noqa: E402
     RunError,
     SettingsError,
 )
+from dafne_federated.core.merged_model import adapted_model  # noqa: E402
 from dafne_federated.core.model_file import read_model, write_model  # noqa: E402
 from dafne_federated.core.run_folder import RunFolder  # noqa: E402
 from dafne_federated.core.settings import RunSettings  # noqa: E402
-from dafne_federated.server.release import adapted_model  # noqa: E402
 from dafne_federated.simulations.partition import PartitionSettings  # noqa: E402
 from dafne_federated.simulations.preparation import Simulation  # noqa: E402
 from dafne_federated.simulations.progress import Stages  # noqa: E402

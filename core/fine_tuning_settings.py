@@ -1,0 +1,98 @@
+"""Settings of fine-tuning at one site, checked once at the edge; the names are the flags."""
+
+import math
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dafne_federated.core.errors import SettingsError
+from dafne_federated.core.settings import RunSettings, read_settings
+
+Schedule = Literal["all", "gradual"]
+
+
+class FineTuningSettings(BaseModel):
+    """How a base is adapted to the images of one site.
+
+    Attributes:
+        epochs: At most so many passes over the training slices, all stages together.
+        patience: A stage ends after so many epochs without a better validation Dice.
+        schedule: ``all`` trains everything that the method trains from the start; ``gradual``
+            goes from the output backwards, see ``core/unfreezing.py``.
+        learning_rate: Of Adam in the first epoch of a stage; see ``learning_rate_in``.
+        batch_size: As in ``RunSettings``, and so are those that follow.
+        method: What is trained.
+        layers: Which kernels get a low-rank pair.
+        last: Layers that method ``last-k`` trains.
+        rank: Rank of the pairs.
+        scale: The update of a kernel is scale * a @ b.
+        seed: All randomness follows from it.
+        threads: CPU threads of one operation, 0 for all cores.
+        device: ``auto``, ``cpu`` or ``gpu``.
+        gate: ``validation`` writes only what validation persons show to be better than the
+            base, where there are any; ``none`` writes in any case.
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        alias_generator=lambda name: name.replace("_", "-"),
+        populate_by_name=True,
+    )
+
+    epochs: int = Field(default=40, ge=1, le=10_000)
+    patience: int = Field(default=10, ge=1)
+    schedule: Schedule = "all"
+    learning_rate: float = 3e-3
+    batch_size: int = 4
+    method: str = "lora"
+    layers: str = "all"
+    last: int = 2
+    rank: int = 4
+    scale: float = 1.0
+    seed: int = 1
+    threads: int = 0
+    device: str = "auto"
+    gate: str = "validation"
+
+    @model_validator(mode="after")
+    def _known_to_runs(self) -> Self:
+        self.run_settings()
+        return self
+
+    def run_settings(self) -> RunSettings:
+        """Return these as settings of a run, which says what each may be.
+
+        Raises:
+            SettingsError: A setting is out of range.
+        """
+        shared = self.model_dump(exclude={"patience", "schedule"})
+        return read_settings(None, **shared, max_rank=max(self.rank, 1))
+
+    def learning_rate_in(self, epoch: int, epochs: int) -> float:
+        """Return the learning rate of ``epoch`` (1 first) of a stage of ``epochs``.
+
+        It falls along a cosine to a tenth in the last epoch.
+
+        Source:
+            The schedule of https://arxiv.org/abs/1608.03983 without restarts.
+        """
+        done = (epoch - 1) / max(epochs - 1, 1)
+        return self.learning_rate * (0.1 + 0.45 * (1.0 + math.cos(math.pi * done)))
+
+
+def fine_tuning_settings(**given: object) -> FineTuningSettings:
+    """Return settings from what was given, by name; None means not given.
+
+    Raises:
+        SettingsError: A setting is unknown or out of range.
+    """
+    values = {name: value for name, value in given.items() if value is not None}
+    try:
+        return FineTuningSettings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "settings"
+        msg = f"{field.replace('_', '-')}: {first['msg']}, got {first['input']!r}"
+        raise SettingsError(msg) from None
