@@ -118,6 +118,9 @@ def fold(weights: Weights, plan: AdaptationPlan, state: State) -> Weights:
             raise StateError(msg)
         change = _change(plan, target, state, base.astype(np.float64))
         folded[target.key] = (base.astype(np.float64) + change).astype(base.dtype)
+        if target.kind == "variance" and (folded[target.key] < 0).any():
+            msg = f"weight {target.key!r}: expected variances of at least 0 after the change"
+            raise StateError(msg)
     return folded
 
 
@@ -128,7 +131,7 @@ def _change(
     if target.low_rank:
         pair = state[f"{target.key}/a"], state[f"{target.key}/b"]
         return plan.scale * kernel_update(target, *pair)
-    if target.kind == "delta":
+    if target.kind == "delta" or not target.trained:
         return state[f"{target.key}/delta"].astype(np.float64)
     return base * state[f"{target.key}/scale"].astype(np.float64)
 

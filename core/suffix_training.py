@@ -29,10 +29,7 @@ class SuffixTraining:
         self._loss = loss
         self._suffix: SuffixNetwork | None = None
         self._compiled: dict[bool, AdapterTraining] = {}
-        try:
-            self._suffix = SuffixNetwork(adapted)
-        except AdapterError as error:
-            log.info("training the network as it is: %s", error)
+        self._cut_off()
 
     def run(
         self,
@@ -55,11 +52,21 @@ class SuffixTraining:
             on_epoch: Called with the epoch, 1 first, and its loss.
             cache: Where features are kept, if they may be.
         """
+        if self._suffix and self._suffix.statistics != self.adapted.statistics:
+            self._cut_off()
         cached = None
         if cache and self._suffix and self._suffix.saved:
             cached = cache.slices(self._suffix, slices)
         training = self._training(cached is not None)
         return training.run(cached or slices, epochs, batch_size, learning_rate, seed, on_epoch)
+
+    def _cut_off(self) -> None:
+        """Cut the suffix off with the statistics that are stored in the network now."""
+        self._compiled.clear()
+        try:
+            self._suffix = SuffixNetwork(self.adapted)
+        except AdapterError as error:
+            log.info("training the network as it is: %s", error)
 
     def _training(self, cached: bool) -> AdapterTraining:
         if cached not in self._compiled:
