@@ -53,6 +53,12 @@ def simulate(
     rank: Annotated[int | None, typer.Option(help="Rank of the low-rank pairs. [4]")] = None,
     max_rank: Annotated[int | None, typer.Option(help="Largest accepted of a site. [16]")] = None,
     scale: Annotated[float | None, typer.Option(help="Factor of low-rank updates. [1]")] = None,
+    statistics: Annotated[
+        str | None, typer.Option(help="Of normalisations: base or pooled. [base]")
+    ] = None,
+    class_weights: Annotated[
+        str | None, typer.Option(help="Frequency of labels: case or pooled. [case]")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="All randomness follows from it. [1]")] = None,
     gate: Annotated[str | None, typer.Option(help="validation or none. [validation]")] = None,
     margin: Annotated[

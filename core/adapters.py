@@ -83,11 +83,12 @@ class AdaptedNetwork:
         if rank != self.rank and any(target.low_rank for target in self.plan.targets):
             msg = f"this network was prepared for rank {self.rank}, got a state of rank {rank}"
             raise AdapterError(msg)
-        moved = {k: s for k, s in self._stored.items() if not np.array_equal(s.delta, state[k])}
-        values = {key: stored.moved_by(state[key]) for key, stored in moved.items()}
-        for key, stored in moved.items():
-            stored.variable.assign(values[key])
-            stored.delta = state[key].copy()
+        stored = self._stored.items()  # compared bit for bit, because they are to come back so
+        moved = {k: s for k, s in stored if s.delta.tobytes() != state[k].tobytes()}
+        values = {key: statistic.moved_by(state[key]) for key, statistic in moved.items()}
+        for key, statistic in moved.items():
+            statistic.variable.assign(values[key])
+            statistic.delta = state[key].copy()
         self.statistics += bool(moved)
         for key, variable in self.trained.changes.items():
             variable.assign(state[key])
@@ -95,7 +96,7 @@ class AdaptedNetwork:
     def read(self) -> State:
         """Return the current state, float32, by state key."""
         trained = {k: np.array(v.numpy(), np.float32) for k, v in self.trained.changes.items()}
-        return trained | {key: stored.delta.copy() for key, stored in self._stored.items()}
+        return trained | {key: statistic.delta.copy() for key, statistic in self._stored.items()}
 
     def predict(self, images: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
         """Return the network's output for (n, rows, columns, channels), float32."""
@@ -103,8 +104,9 @@ class AdaptedNetwork:
 
     def _attach(self) -> None:
         keys = {id(v): f"{i:04d}" for i, v in enumerate(self.network.weights)}
-        for target in (target for pair in self.plan.normalisations for target in pair):
-            self._stored[f"{target.key}/delta"] = _Stored(self.network, target)
+        for pair in self.plan.normalisations:
+            for statistic in pair:
+                self._stored[f"{statistic.key}/delta"] = _Stored(self.network, statistic)
         targets = {target.key: target for target in self.plan.targets if target.trained}
         for layer in leaf_layers(self.network):
             planned = {}
@@ -174,11 +176,11 @@ class _Stored:
 
     def moved_by(self, delta: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Return the base's value plus ``delta``, as folding does it."""
-        value = (self.base + delta.astype(np.float64)).astype(np.float32)
+        value = self.base + delta.astype(np.float64)
         if self.target.kind == "variance" and (value < 0).any():
             msg = f"weight {self.target.key!r}: expected variances of at least 0 after the change"
             raise StateError(msg)
-        return value
+        return value.astype(np.float32)
 
 
 class _Trained(keras.Model):  # type: ignore[misc]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from dafne_federated.core.errors import ModelFileError
+from dafne_federated.core.errors import MessageError, ModelFileError
 from dafne_federated.core.slices import PreparedSlices
 
 # The boundary term is 10 * exp(-(d1 + d2)^2 / ..), see ``core/boundary_weight.py``.
@@ -63,9 +63,14 @@ def reweighted(slices: PreparedSlices, pooled: ClassCounts) -> PreparedSlices:
         pooled: Counts of all sites.
 
     Raises:
+        MessageError: The counts cannot be of such slices.
         ModelFileError: The weights are not Dafne's, so there is no such term in them.
     """
     size = slices.labels[0].size
+    fits = len(pooled.pixels) == len(pooled.slices) == slices.channels
+    if not fits or any(p > s * size for p, s in zip(pooled.pixels, pooled.slices, strict=False)):
+        msg = f"the pooled counts are not of {slices.channels} channels in slices of {size} pixels"
+        raise MessageError(msg)
     own = class_counts(slices).frequencies(size)
     shared = pooled.frequencies(size)
     before = np.divide(own.mean(), own, out=np.zeros_like(own), where=own > 0)

@@ -5,6 +5,7 @@ All in numpy and float64: the server needs neither TensorFlow nor the model's co
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -59,7 +60,7 @@ def pool_moments(parts: Sequence[Moments]) -> Moments:
 
 
 def statistics_change(
-    mean: Target, variance: Target, base: tuple[Row, Row], pooled: Moments
+    mean: Target, variance: Target, base: tuple[npt.NDArray[Any], npt.NDArray[Any]], pooled: Moments
 ) -> State:
     """Return the state arrays that bring a normalisation's statistics to the pooled ones.
 
@@ -76,10 +77,10 @@ def statistics_change(
     for target, before, after in zip(
         (mean, variance), base, (pooled.mean, pooled.variance), strict=True
     ):
-        before = np.asarray(before, np.float64)
-        change = (after - before).astype(np.float32)
+        stored = np.asarray(before, np.float64)
+        change = (after - stored).astype(np.float32)
         if target.kind == "variance":  # rounded away from 0 by one step at most
-            low = before + change.astype(np.float64) < 0
+            low = stored + change.astype(np.float64) < 0
             change[low] = np.nextafter(change[low], np.float32(0))
         arrays[f"{target.key}/delta"] = change
     return arrays

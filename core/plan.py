@@ -170,6 +170,11 @@ class AdaptationPlan(BaseModel):
         """The stored mean and variance of each normalisation whose statistics are set."""
         return tuple(zip(*self._statistics(), strict=True))
 
+    def statistics_shapes(self, count: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of the state arrays of the first ``count`` normalisations."""
+        first = (target for pair in self.normalisations[:count] for target in pair)
+        return {f"{target.key}/delta": target.shape for target in first}
+
     def _statistics(self) -> tuple[list[Target], list[Target]]:
         statistics = [target for target in self.targets if not target.trained]
         return statistics[::2], statistics[1::2]

@@ -38,7 +38,7 @@ class PooledSite(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    status: Literal["shared", "withheld", "refused", "failed", "silent"]
+    status: Literal["shared", "withheld", "refused", "failed", "silent"] = "shared"
     reason: str = ""
     slices: int = 0
     dice: dict[str, float | None] = Field(default_factory=dict)
@@ -82,9 +82,6 @@ def pooled_state(
     state: State = {}
     for (mean, variance), one in zip(plan.normalisations, found, strict=False):
         rows = np.array(one.mean, np.float64), np.array(one.variance, np.float64)
-        stored = (
-            np.asarray(base[mean.key], np.float64),
-            np.asarray(base[variance.key], np.float64),
-        )
+        stored = base[mean.key], base[variance.key]
         state |= statistics_change(mean, variance, stored, Moments(1, *rows))
     return state

@@ -118,7 +118,7 @@ def fold(weights: Weights, plan: AdaptationPlan, state: State) -> Weights:
             raise StateError(msg)
         change = _change(plan, target, state, base.astype(np.float64))
         folded[target.key] = (base.astype(np.float64) + change).astype(base.dtype)
-        if target.kind == "variance" and (folded[target.key] < 0).any():
+        if target.kind == "variance" and (base.astype(np.float64) + change < 0).any():
             msg = f"weight {target.key!r}: expected variances of at least 0 after the change"
             raise StateError(msg)
     return folded
