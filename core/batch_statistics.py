@@ -16,8 +16,12 @@ that were trained with momentum 0.99 (mean Dice, 4 persons held out; loss in bra
     13              1.000 (0.32)  1.000 (0.12)    0.911 (0.61)  0.930     0.355  13 passes
     19              0.755 (2.9)   0.996 (0.55)    0.470 (8.9)   0.000     0.071  18 passes
 
-Cost: one forward pass as far as the layer for each normalisation, about half a pass on
-average, once in a run.
+A model that does not lag loses nothing: 0.948 to 0.947 on one with momentum 0.9, whose copy
+with statistics a twentieth of the way from a new network's went from 0.566 to 0.947.
+
+Cost, once in a run: for each normalisation a forward pass as far as its layer, about half of
+one on average, and compiling it. On 2 cores, 19 normalisations, 32 slices of 128 x 128: 14 s,
+where a whole forward pass takes 0.8 s and an epoch of low-rank training 1.4 s.
 """
 
 from dataclasses import replace
@@ -30,8 +34,8 @@ from dafne_federated.core.adapters import AdaptedNetwork
 from dafne_federated.core.errors import AdapterError
 from dafne_federated.core.model_file import Weights
 from dafne_federated.core.moments import Moments, moments, pool_moments, statistics_change
-from dafne_federated.core.network_graph import Graph, needed, read_graph, run_steps
-from dafne_federated.core.network_layers import leaf_layers
+from dafne_federated.core.network_graph import Graph, Step, needed, read_graph, run_steps
+from dafne_federated.core.network_layers import Tensor, leaf_layers
 from dafne_federated.core.plan import StatisticKind, Target
 from dafne_federated.core.slices import PreparedSlices
 from dafne_federated.core.state import State
@@ -83,15 +87,28 @@ def measure(adapted: AdaptedNetwork, mean: Target, slices: PreparedSlices) -> Mo
     stored = adapted.network.weights[int(mean.key)]
     found = next(s for s in graph.steps if getattr(s.layer, "moving_mean", None) is stored)
     steps, _ = needed(graph.steps, found.inputs)
+    reached = _Reached(tuple(steps), graph.inputs[0], found.inputs[0])
     inputs, parts = slices.inputs(), []
     for start in range(0, len(slices), _TOGETHER):
         # The last few are filled up: with one size of batch a slice always gives the same bits.
         chosen = np.minimum(np.arange(start, start + _TOGETHER), len(slices) - 1)
-        given = {graph.inputs[0]: ops.convert_to_tensor(inputs[chosen])}
-        values = ops.convert_to_numpy(run_steps(steps, given)[found.inputs[0]])
+        values = np.asarray(reached.predict_on_batch(inputs[chosen]))
         values = np.moveaxis(values[: len(slices) - start], found.layer.axis, -1)
         parts += [moments(value) for value in values]
     return replace(pool_moments(parts), count=len(slices))
+
+
+class _Reached(keras.Model):  # type: ignore[misc]
+    """A network as far as one of its tensors."""
+
+    def __init__(self, steps: tuple[Step, ...], given: int, wanted: int) -> None:
+        super().__init__(name="reached")
+        self._steps_given_wanted = (steps, given, wanted)
+        self.built = True
+
+    def call(self, inputs: Tensor, training: bool = False) -> Tensor:
+        steps, given, wanted = self._steps_given_wanted
+        return ops.convert_to_tensor(run_steps(steps, {given: inputs})[wanted])
 
 
 def recalibrate(
