@@ -56,6 +56,12 @@ def simulate(
     wire: Annotated[
         str | None, typer.Option(help="States travel as float32 or float16. [float32]")
     ] = None,
+    statistics: Annotated[
+        str | None, typer.Option(help="Of normalisations: base or pooled. [base]")
+    ] = None,
+    class_weights: Annotated[
+        str | None, typer.Option(help="Frequency of labels: case or pooled. [case]")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="All randomness follows from it. [1]")] = None,
     gate: Annotated[str | None, typer.Option(help="validation or none. [validation]")] = None,
     margin: Annotated[

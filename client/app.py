@@ -24,8 +24,10 @@ from dafne_federated.core.wire import (
     OfferReply,
     RoundReply,
     RoundRequest,
+    StatisticsReply,
+    StatisticsRequest,
 )
-from dafne_federated.core.wire_arrays import state_record, take_bytes, take_state
+from dafne_federated.core.wire_arrays import state_record, take_arrays, take_bytes, take_state
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +79,41 @@ def store_base(message: Message, context: Context) -> Message:
     return _answer(message, context, act, _base_reply)
 
 
+@app.query("statistics")
+def share_statistics(message: Message, context: Context) -> Message:
+    """Give numbers about all training slices together, if this site shares such."""
+
+    def respond(site: Site, status: str, reason: str = "", **fields: object) -> StatisticsReply:
+        request = StatisticsRequest.from_record(message.content)
+        return StatisticsReply.model_validate(
+            {
+                **request.model_dump(exclude={"protocol"}),
+                "site": site.settings.name,
+                "status": status,
+                "reason": reason,
+                **fields,
+            }
+        )
+
+    def act(site: Site) -> RecordDict:
+        request = StatisticsRequest.from_record(message.content)
+        plan = site.agreed_plan(request.run, request.plan_digest, request.base_digest)
+        if not site.settings.share_statistics:
+            return respond(site, "withheld", "this site does not share statistics").to_record()
+        if request.what == "classes":
+            counts, slices = site.class_counts(plan)
+            pixels, holding = list(counts.pixels), list(counts.slices)
+            return respond(
+                site, "ok", slices=slices, class_pixels=pixels, class_slices=holding
+            ).to_record()
+        renewed = plan.statistics_shapes(request.number)
+        found = site.moments(plan, request.number, take_arrays(message.content, renewed))
+        arrays = {"mean": found.mean, "variance": found.variance}
+        return respond(site, "ok", slices=found.count).to_record(arrays)
+
+    return _answer(message, context, act, lambda *given: respond(*given).to_record())
+
+
 @app.train("round")
 def train_round(message: Message, context: Context) -> Message:
     """Evaluate the state that came, train from it, and send the new one."""
@@ -116,6 +153,7 @@ def _round(message: Message, context: Context, train: bool) -> Message:
             request.learning_rate,
             request.seed,
             request.round,
+            request.classes,
         )
         fields |= {
             "training_cases": len(site.settings.training),

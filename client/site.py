@@ -15,16 +15,19 @@ from dafne_federated.client.site_settings import SiteSettings
 from dafne_federated.core.adapters import AdaptedNetwork
 from dafne_federated.core.approvals import Approvals
 from dafne_federated.core.backend import Device, prepare_backend, set_seed
+from dafne_federated.core.batch_statistics import measure, recalibrate
+from dafne_federated.core.class_weights import ClassCounts, class_counts, reweighted
 from dafne_federated.core.dataset import CaseRef, load_case, open_folder
 from dafne_federated.core.errors import ApprovalError, DataError, MessageError
 from dafne_federated.core.evaluation import evaluate_case
 from dafne_federated.core.metrics import Agreement, judged, mean
 from dafne_federated.core.model_runtime import Loss, RunningModel
+from dafne_federated.core.moments import Moments
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.prefix_cache import PrefixCache
 from dafne_federated.core.preprocessing import BiasFieldCache
 from dafne_federated.core.slices import PreparedSlices, concatenate
-from dafne_federated.core.state import State, state_rank
+from dafne_federated.core.state import State, initial_state, state_rank
 from dafne_federated.core.suffix_training import SuffixTraining
 from dafne_federated.core.training import TrainingResult
 from dafne_federated.core.volumes import Case
@@ -47,7 +50,7 @@ class _Kept:
 
     engine_key: tuple[str, str, int, str] | None = None
     engine: Engine | None = None
-    slices: dict[tuple[str, str], PreparedSlices] = field(default_factory=dict)
+    slices: dict[tuple[str, str, ClassCounts | None], PreparedSlices] = field(default_factory=dict)
     bias_fields: dict[str, BiasFieldCache] = field(default_factory=dict)
 
 
@@ -130,6 +133,7 @@ class Site:
         learning_rate: float,
         seed: int,
         number: int,
+        classes: ClassCounts | None = None,
     ) -> tuple[State, TrainingResult, int]:
         """Train from ``state`` on the site's cases.
 
@@ -141,6 +145,7 @@ class Site:
             learning_rate: Of Adam.
             seed: Seed of the run; the order of slices follows from it, site and round.
             number: The round.
+            classes: Counts of all sites, to weigh labels by; by default those of each case.
 
         Returns:
             The state afterwards, what training did, and the number of slices.
@@ -152,7 +157,7 @@ class Site:
             msg = f"this site trains at most {self.settings.max_epochs} epochs a round"
             raise ApprovalError(msg)
         engine = self.engine(plan, state_rank(plan, state))
-        slices = self._slices(engine)
+        slices = self._slices(engine, classes)
         if engine.training is None:
             precision = self.settings.precision
             engine.training = SuffixTraining(engine.adapted, self._loss(engine), precision)
@@ -164,6 +169,37 @@ class Site:
         )
         log.info("round %d: %d slices, %.1f s", number, len(slices), result.seconds)
         return engine.adapted.read(), result, len(slices)
+
+    def class_counts(self, plan: AdaptationPlan) -> tuple[ClassCounts, int]:
+        """Return pixels and slices by class, and the number of training slices."""
+        slices = self._slices(self.engine(plan, plan.rank))
+        return class_counts(slices), len(slices)
+
+    def moments(self, plan: AdaptationPlan, number: int, renewed: State) -> Moments:
+        """Return the moments of what one normalisation of the base is given.
+
+        Args:
+            plan: The plan.
+            number: The normalisation, 0 for the first of the plan.
+            renewed: State arrays with the new statistics of those in front of it.
+
+        Raises:
+            MessageError: The plan has no such normalisation.
+        """
+        if number >= len(plan.normalisations):
+            msg = f"the plan sets {len(plan.normalisations)} normalisations, not one {number + 1}"
+            raise MessageError(msg)
+        engine = self.engine(plan, plan.rank)
+        engine.adapted.write(initial_state(plan, 0) | renewed)
+        return measure(engine.adapted, plan.normalisations[number][0], self._slices(engine))
+
+    def own_statistics(self, plan: AdaptationPlan, state: State) -> State:
+        """Return ``state`` with the statistics of this site's training slices alone."""
+        if not plan.normalisations:
+            return state
+        engine = self.engine(plan, state_rank(plan, state))
+        base = engine.model.file.weights
+        return recalibrate(engine.adapted, base, state, self._slices(engine))
 
     def device(self) -> Device:
         """Return the device that this site uses."""
@@ -203,12 +239,15 @@ class Site:
             engine.model.prepare(next(cases), self.settings.classification, self.bias_fields())
         return engine.model.loss
 
-    def _slices(self, engine: Engine) -> PreparedSlices:
+    def _slices(self, engine: Engine, classes: ClassCounts | None = None) -> PreparedSlices:
         names = "/".join(self.settings.training)
-        key = (f"{self.settings.cache}/{names}", engine.model.file.digest)
+        key = (f"{self.settings.cache}/{names}", engine.model.file.digest, classes)
         if key not in _KEPT.slices:
+            _KEPT.slices.pop((*key[:2], None), None)  # the same images with other weights
             cases = self._cases(self.settings.training)
             parts = [part for case in cases if (part := self._prepared(engine, case))]
+            if classes:
+                parts = [reweighted(part, classes) for part in parts]
             if not parts:
                 msg = "no slice of the training cases can be trained on"
                 raise DataError(msg)

@@ -25,6 +25,10 @@ class SiteSettings(BaseModel):
         classification: Class as Dafne names it, e.g. ``Thigh, Left``; empty for most models.
         min_cases: The site takes part only with at least so many training cases.
         max_epochs: Longest training in a round that it agrees to.
+        share_statistics: Whether numbers about all training slices together may leave the site
+            where a run asks for them: for each channel of each normalisation the mean and
+            variance of what it is given, how many slices there are, and how many pixels and
+            slices hold each label. A site that says no takes part without giving them.
         threads: CPU threads, 0 for all cores.
         device: ``auto``, ``cpu`` or ``gpu``.
         precision: Of convolutions in training. ``bfloat16`` is faster where the processor
@@ -48,6 +52,7 @@ class SiteSettings(BaseModel):
     classification: str = ""
     min_cases: int = Field(default=1, ge=1)
     max_epochs: int = Field(default=1000, ge=1)
+    share_statistics: bool = True
     threads: int = Field(default=0, ge=0)
     device: str = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"

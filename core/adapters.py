@@ -3,6 +3,9 @@
 Each planned layer runs its own code with its frozen weights plus the planned changes, so
 layers of any kind can be trained whole or scaled. How a low-rank pair runs forward with one
 kernel and backward without the gradient of it is said in ``low_rank_layers.py``.
+
+Stored statistics of normalisations that a plan sets are no trained variables: writing a state
+changes them in the network itself, to base plus change, and reading gives back what was written.
 """
 
 from collections.abc import Callable
@@ -14,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from keras import ops
 
-from dafne_federated.core.errors import AdapterError
+from dafne_federated.core.errors import AdapterError, StateError
 from dafne_federated.core.low_rank_layers import low_rank_call
 from dafne_federated.core.network_layers import Tensor, finish, leaf_layers, roles
 from dafne_federated.core.plan import AdaptationPlan, Target
@@ -34,6 +37,9 @@ class AdaptedNetwork:
         plan: What is trained.
         rank: Rank of the low-rank pairs; by default the plan's own.
 
+    Attributes:
+        statistics: A number that grows with each change of the stored statistics.
+
     Raises:
         AdapterError: The plan names weights that the network does not have.
     """
@@ -43,7 +49,9 @@ class AdaptedNetwork:
         self.rank = rank or plan.rank
         self.network = network
         network.trainable = True  # what training may change is now told from statistics
-        self.trained = _Trained(network, plan.state_shapes(self.rank))
+        self.trained = _Trained(network, plan.state_shapes(self.rank, trained=True))
+        self.statistics = 0
+        self._stored: dict[str, _Stored] = {}
         self._attach()
         network.trainable = False
         network.predict_function = None  # one traced before would go on without the changes
@@ -56,7 +64,7 @@ class AdaptedNetwork:
         """Write a state of this plan and rank into the adapters, all or nothing.
 
         Raises:
-            StateError: The state is not one of this plan.
+            StateError: The state is not one of this plan, or a variance would be negative.
             AdapterError: Its rank differs from the one attached.
         """
         check_state(self.plan, state)
@@ -64,12 +72,20 @@ class AdaptedNetwork:
         if rank != self.rank and any(target.low_rank for target in self.plan.targets):
             msg = f"this network was prepared for rank {self.rank}, got a state of rank {rank}"
             raise AdapterError(msg)
+        stored = self._stored.items()  # compared bit for bit, because they are to come back so
+        moved = {k: s for k, s in stored if s.delta.tobytes() != state[k].tobytes()}
+        values = {key: statistic.moved_by(state[key]) for key, statistic in moved.items()}
+        for key, statistic in moved.items():
+            statistic.variable.assign(values[key])
+            statistic.delta = state[key].copy()
+        self.statistics += bool(moved)
         for key, variable in self.trained.changes.items():
             variable.assign(state[key])
 
     def read(self) -> State:
         """Return the current state, float32, by state key."""
-        return {k: np.array(v.numpy(), np.float32) for k, v in self.trained.changes.items()}
+        trained = {k: np.array(v.numpy(), np.float32) for k, v in self.trained.changes.items()}
+        return trained | {key: statistic.delta.copy() for key, statistic in self._stored.items()}
 
     def predict(self, images: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
         """Return the network's output for (n, rows, columns, channels), float32."""
@@ -77,7 +93,10 @@ class AdaptedNetwork:
 
     def _attach(self) -> None:
         keys = {id(v): f"{i:04d}" for i, v in enumerate(self.network.weights)}
-        targets = {target.key: target for target in self.plan.targets}
+        for pair in self.plan.normalisations:
+            for statistic in pair:
+                self._stored[f"{statistic.key}/delta"] = _Stored(self.network, statistic)
+        targets = {target.key: target for target in self.plan.targets if target.trained}
         for layer in leaf_layers(self.network):
             planned = {}
             for role, variable in roles(layer).items():
@@ -125,6 +144,32 @@ class AdaptedNetwork:
             return finish(layer, outputs, now)
 
         return call_low_rank if any(t.low_rank for t in planned.values()) else call_whole
+
+
+class _Stored:
+    """One stored statistic of a normalisation, float32."""
+
+    def __init__(self, network: keras.Model, target: Target) -> None:
+        index = int(target.key)
+        weights = network.weights
+        name = f"moving_{target.kind}"
+        found = weights[index] if index < len(weights) else None
+        if found is None or (found.name, tuple(found.shape)) != (name, target.shape):
+            got = "nothing" if found is None else f"{found.name} of shape {tuple(found.shape)}"
+            msg = f"weight {target.key}: the plan expects {name} of {target.shape}, got {got}"
+            raise AdapterError(msg)
+        self.target = target
+        self.variable = found
+        self.base = np.array(ops.convert_to_numpy(found), np.float64)
+        self.delta = np.zeros(target.shape, np.float32)
+
+    def moved_by(self, delta: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return the base's value plus ``delta``, as folding does it."""
+        value = self.base + delta.astype(np.float64)
+        if self.target.kind == "variance" and (value < 0).any():
+            msg = f"weight {self.target.key!r}: expected variances of at least 0 after the change"
+            raise StateError(msg)
+        return value.astype(np.float32)
 
 
 class _Trained(keras.Model):  # type: ignore[misc]

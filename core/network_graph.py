@@ -78,6 +78,17 @@ def run_steps(steps: Iterable[Step], values: Mapping[int, Tensor]) -> dict[int, 
     return known
 
 
+def needed(steps: Sequence[Step], wanted: Iterable[int]) -> tuple[list[Step], tuple[int, ...]]:
+    """Return the steps that lead to the wanted tensors, and the tensors given to them."""
+    missing, kept = set(wanted), []
+    for step in reversed(steps):
+        if not missing.isdisjoint(step.outputs):
+            kept.append(step)
+            missing.difference_update(step.outputs)
+            missing.update(step.inputs)
+    return kept[::-1], tuple(sorted(missing))
+
+
 class _Reader:
     """Numbers tensors and collects steps, network within network."""
 

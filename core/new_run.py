@@ -4,6 +4,7 @@ import time
 import uuid
 from pathlib import Path
 
+from dafne_federated.core.batch_statistics import statistic_targets
 from dafne_federated.core.methods import Choices, plan_targets
 from dafne_federated.core.model_file import ModelFile
 from dafne_federated.core.model_runtime import RunningModel
@@ -22,11 +23,15 @@ def make_plan(model: RunningModel, settings: RunSettings) -> AdaptationPlan:
     from there is constant and need not be computed in every step.
 
     Raises:
-        AdapterError: The network has nothing that fits, or the methods do not combine on it.
+        AdapterError: The network has nothing that fits, or the methods do not combine on it,
+            or statistics are to be pooled and it has none that can be.
     """
     layers = describe_layers(model.network)
     choices = Choices(where=settings.layers, last=settings.last)
-    targets = plan_targets(settings.method, layers, choices)
+    targets = without_skips(model.network, plan_targets(settings.method, layers, choices))
+    if settings.statistics == "pooled":
+        statistics = statistic_targets(model.network)
+        targets = tuple(sorted((*targets, *statistics), key=lambda target: target.key))
     return AdaptationPlan(
         base_digest=model.file.digest,
         method=settings.method,
@@ -34,7 +39,7 @@ def make_plan(model: RunningModel, settings: RunSettings) -> AdaptationPlan:
         max_rank=settings.max_rank,
         scale=settings.scale,
         labels=model.labels,
-        targets=without_skips(model.network, targets),
+        targets=targets,
     )
 
 

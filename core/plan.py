@@ -7,6 +7,7 @@ digest. A plan is data: it can be checked, shown and folded without the model's 
 import json
 import math
 from collections.abc import Iterable
+from itertools import zip_longest
 from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,7 +20,8 @@ WeightKey = Annotated[str, Field(pattern=r"^[0-9]{4}$")]
 LowRankKind = Literal["conv", "conv-transpose", "dense"]
 ScaleKind = Literal["scale", "scale-transpose", "scale-depthwise"]
 WireType = Literal["float32", "float16"]  # how the values of a state travel
-TargetKind = LowRankKind | ScaleKind | Literal["delta"]
+StatisticKind = Literal["mean", "variance"]
+TargetKind = LowRankKind | ScaleKind | Literal["delta"] | StatisticKind
 
 
 class Target(BaseModel):
@@ -31,6 +33,8 @@ class Target(BaseModel):
         kind: How it changes. ``conv``, ``conv-transpose`` and ``dense`` get a low-rank pair;
             ``delta`` adds an array of the same shape; ``scale``, ``scale-transpose`` and
             ``scale-depthwise`` multiply by ``1 + s``, one ``s`` for each output channel.
+            ``mean`` and ``variance`` are stored statistics of a normalisation: an array of the
+            same shape is added, as for ``delta``, but it is set once and never trained.
         shape: Shape of the weight: (window.., in, out) for ``conv``, (window.., out, in) for
             ``conv-transpose``, (in, out) for ``dense``; output channels last for ``scale``,
             last but one for ``scale-transpose``, and (.., in, out of each in) for
@@ -49,7 +53,7 @@ class Target(BaseModel):
 
     @model_validator(mode="after")
     def _enough_axes(self) -> Self:
-        least = {"delta": 0, "scale": 1}.get(self.kind, 2)
+        least = {"delta": 0, "scale": 1, "mean": 1, "variance": 1}.get(self.kind, 2)
         if len(self.shape) < least:
             msg = f"{self.kind}: expected a shape of at least {least} axes, got {self.shape}"
             raise ValueError(msg)
@@ -69,6 +73,11 @@ class Target(BaseModel):
     def low_rank(self) -> bool:
         """Whether the change is a pair ``a``, ``b``, whose mean is not the mean of its parts."""
         return self.kind in get_args(LowRankKind)
+
+    @property
+    def trained(self) -> bool:
+        """Whether training changes it; stored statistics are set once for the whole run."""
+        return self.kind not in get_args(StatisticKind)
 
     @property
     def covered(self) -> tuple[int, ...]:
@@ -97,7 +106,7 @@ class Target(BaseModel):
             output channel can as well multiply the weights that lead to it.
         """
         match self.kind:
-            case "delta":
+            case "delta" | "mean" | "variance":
                 return {"delta": self.shape}
             case "scale":
                 return {"scale": self.shape[-1:]}
@@ -148,6 +157,29 @@ class AdaptationPlan(BaseModel):
     labels: tuple[Annotated[str, Field(max_length=200)], ...] = Field(min_length=1, max_length=255)
     targets: tuple[Target, ...] = Field(min_length=1, max_length=9999)
 
+    @model_validator(mode="after")
+    def _statistics_come_in_pairs(self) -> Self:
+        for mean, variance in zip_longest(*self._statistics()):
+            kinds = tuple(target.kind if target else "nothing" for target in (mean, variance))
+            if kinds != ("mean", "variance") or mean.shape != variance.shape:
+                msg = f"statistics: expected a mean and a variance of one shape, got {kinds}"
+                raise ValueError(msg)
+        return self
+
+    @property
+    def normalisations(self) -> tuple[tuple[Target, Target], ...]:
+        """The stored mean and variance of each normalisation whose statistics are set."""
+        return tuple(zip(*self._statistics(), strict=True))
+
+    def statistics_shapes(self, count: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of the state arrays of the first ``count`` normalisations."""
+        first = (target for pair in self.normalisations[:count] for target in pair)
+        return {f"{target.key}/delta": target.shape for target in first}
+
+    def _statistics(self) -> tuple[list[Target], list[Target]]:
+        statistics = [target for target in self.targets if not target.trained]
+        return statistics[::2], statistics[1::2]
+
     @property
     def digest(self) -> str:
         """SHA-256 of the plan's canonical JSON."""
@@ -172,23 +204,29 @@ class AdaptationPlan(BaseModel):
             msg = f"adaptation plan: {field}: {first['msg']}"
             raise MessageError(msg) from None
 
-    def state_shapes(self, rank: int | None = None) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every state array at ``rank`` (default: the plan's own)."""
+    def state_shapes(
+        self, rank: int | None = None, trained: bool | None = None
+    ) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every state array at ``rank`` (default: the plan's own).
+
+        With ``trained`` only of those that training changes, or of the others.
+        """
         return {
             f"{target.key}/{name}": shape
             for target in self.targets
+            if trained is None or target.trained == trained
             for name, shape in target.arrays(rank or self.rank).items()
         }
 
     @property
     def parameters(self) -> int:
-        """Values that are trained, and that travel each way in a round, at the plan's rank."""
-        return sum(math.prod(shape) for shape in self.state_shapes().values())
+        """Values that are trained, at the plan's rank."""
+        return sum(math.prod(shape) for shape in self.state_shapes(trained=True).values())
 
     @property
     def wire_bytes(self) -> int:
-        """Bytes of a state's values in float32."""
-        return 4 * self.parameters
+        """Bytes of a state's values in float32: what travels each way in a round."""
+        return 4 * sum(math.prod(shape) for shape in self.state_shapes().values())
 
 
 class Layer(BaseModel):

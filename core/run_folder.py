@@ -3,6 +3,7 @@
 run.json            what was started: settings, digests, versions, command
 base.model          the base, as it was
 plan.json           the adaptation plan
+statistics.json     what the sites pooled before the first round, if they did
 rounds.jsonl        one line a round, each whole or absent
 events.jsonl        what happened when, for progress bars and people
 checkpoints/        the state after each round, with its plan
@@ -23,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dafne_federated.core.errors import RunError
 from dafne_federated.core.files import arrays_digest, private_folder, sha256, write_atomic
 from dafne_federated.core.plan import AdaptationPlan
+from dafne_federated.core.pooled_statistics import PooledStatistics
 from dafne_federated.core.settings import RunSettings
 from dafne_federated.core.state import State, load_state, save_state
 
@@ -93,8 +95,9 @@ class RoundLine(BaseModel):
     """One line of ``rounds.jsonl``.
 
     The Dice in line k belongs to the state that the sites received in round k, that is the
-    result of round k - 1; line 1 therefore holds the base. The last line has no training and
-    evaluates the final state.
+    result of round k - 1; line 1 therefore holds the base. Where statistics were pooled it holds
+    the base with these, and the base as it was is in ``statistics.json``. The last line has no
+    training and evaluates the final state.
 
     Attributes:
         round: 1 first.
@@ -186,6 +189,15 @@ class RunFolder:
         data = self.base.read_bytes()
         _same(self.base, self.info().base_digest, sha256(data))
         return data
+
+    def keep_pooled(self, pooled: PooledStatistics) -> None:
+        """Keep what the sites pooled; a run that goes on does not ask again."""
+        write_atomic(self.path / "statistics.json", pooled.model_dump_json().encode())
+
+    def pooled(self) -> PooledStatistics | None:
+        """Return what the sites pooled, or None before that; see ``info`` for errors."""
+        path = self.path / "statistics.json"
+        return _read_json(path, PooledStatistics) if path.exists() else None
 
     def rounds(self) -> list[RoundLine]:
         """Return the lines of all rounds so far.

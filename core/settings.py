@@ -37,6 +37,11 @@ class RunSettings(BaseModel):
         scale: The update of a kernel is scale * a @ b.
         wire: How states travel; ``float16`` halves the bytes. The state of each round then has
             the digits of float16, at the sites and in what is released.
+        statistics: ``base`` leaves the stored statistics of normalisations as they are;
+            ``pooled`` sets them once, before the first round, to those of all training slices
+            of the sites that share theirs.
+        class_weights: How often a label occurs, in the weights of Dafne's loss: ``case`` as
+            Dafne does it, in one case; ``pooled`` in all training slices of these sites.
         seed: All randomness follows from it, the site's name and the round.
         min_sites: A round counts with at least so many sites.
         deadline: Longest wait for a round's answers, in seconds.
@@ -73,6 +78,8 @@ class RunSettings(BaseModel):
     max_rank: int = Field(default=16, ge=1, le=256)
     scale: float = Field(default=1.0, gt=0, le=100)
     wire: WireType = "float32"
+    statistics: Literal["base", "pooled"] = "base"
+    class_weights: Literal["case", "pooled"] = "case"
     seed: int = Field(default=1, ge=0, le=2**31 - 1)
     min_sites: int = Field(default=2, ge=1)
     deadline: float = Field(default=3600.0, gt=0)

@@ -128,6 +128,9 @@ def fold(weights: Weights, plan: AdaptationPlan, state: State) -> Weights:
         result = base.copy()
         # Summed in float64 and rounded once, without a float64 copy of base or result.
         np.add(base[part], change, out=result[part], dtype=np.float64, casting="unsafe")
+        if target.kind == "variance" and (result < 0).any():
+            msg = f"weight {target.key!r}: expected variances of at least 0 after the change"
+            raise StateError(msg)
         folded[target.key] = result
     return folded
 
@@ -140,7 +143,7 @@ def _change(
         update = _covered_update(target, state[f"{target.key}/a"], state[f"{target.key}/b"])
         update *= plan.scale
         return update
-    if target.kind == "delta":
+    if target.kind == "delta" or not target.trained:
         return state[f"{target.key}/delta"].astype(np.float64)
     return base.astype(np.float64) * state[f"{target.key}/scale"].astype(np.float64)
 

@@ -19,7 +19,7 @@ from dafne_federated.core.adapters import AdaptedNetwork, positive
 from dafne_federated.core.errors import AdapterError
 from dafne_federated.core.files import arrays_digest, sha256
 from dafne_federated.core.folded_layers import convolutions, fold_convolution
-from dafne_federated.core.network_graph import Step, read_graph, run_steps
+from dafne_federated.core.network_graph import Step, needed, read_graph, run_steps
 from dafne_federated.core.network_layers import Precision, Tensor, leaf_layers
 from dafne_federated.core.plan import Target
 
@@ -42,6 +42,8 @@ class SuffixNetwork:
         saved: Whether there is a prefix with weights, so that keeping features saves work. If
             not, the whole network is the suffix, and its input takes the place of features.
         weights_digest: Digest of the base weights, which must not change any more.
+        statistics: ``AdaptedNetwork.statistics`` when it was cut; they are part of the prefix
+            and are folded into convolutions, so another number means that it is out of date.
 
     Raises:
         AdapterError: The network is not a graph of layers.
@@ -52,6 +54,7 @@ class SuffixNetwork:
     ) -> None:
         self.plan = adapted.plan
         self.weights_digest = _digest(adapted.network)
+        self.statistics = adapted.statistics
         cut = _cut(adapted, saved, precision)
         self.trained = _Suffix(cut, adapted)
         self.shapes = cut.shapes
@@ -170,8 +173,8 @@ def _cut(adapted: AdaptedNetwork, saved: bool, precision: Precision) -> _Cut:
             made.add(found.output)
         elif made.isdisjoint(step.outputs):  # else a normalisation that was folded
             suffix.append(step)
-    suffix, border = _needed(suffix, graph.outputs)
-    prefix, _ = _needed(prefix, border)
+    suffix, border = needed(suffix, graph.outputs)
+    prefix, _ = needed(prefix, border)
     sizes = tuple(_without_batch(shapes[number]) for number in border)
     return _Cut(graph.inputs[0], tuple(prefix), border, sizes, tuple(suffix), graph.outputs[0])
 
@@ -179,8 +182,8 @@ def _cut(adapted: AdaptedNetwork, saved: bool, precision: Precision) -> _Cut:
 def _targets_by_layer(
     network: keras.Model, targets: Iterable[Target]
 ) -> dict[int, dict[str, Target]]:
-    """Return the targets by ``id`` of the layer and name of the weight."""
-    by_key = {target.key: target for target in targets}
+    """Return what is trained by ``id`` of the layer and name of the weight."""
+    by_key = {target.key: target for target in targets if target.trained}
     keys = {id(variable): f"{index:04d}" for index, variable in enumerate(network.weights)}
     found: dict[int, dict[str, Target]] = {}
     for layer in leaf_layers(network):
@@ -194,17 +197,6 @@ def _digest(network: keras.Model) -> str:
     """Return a digest of all weights, which never stand in memory twice for it."""
     parts = [arrays_digest({"": ops.convert_to_numpy(v)}) for v in network.weights]
     return sha256("".join(parts).encode())
-
-
-def _needed(steps: Sequence[Step], wanted: Iterable[int]) -> tuple[list[Step], tuple[int, ...]]:
-    """Return the steps that lead to the wanted tensors, and the tensors given to them."""
-    missing, kept = set(wanted), []
-    for step in reversed(steps):
-        if not missing.isdisjoint(step.outputs):
-            kept.append(step)
-            missing.difference_update(step.outputs)
-            missing.update(step.inputs)
-    return kept[::-1], tuple(sorted(missing))
 
 
 def _without_batch(shape: Sequence[int | None]) -> tuple[int, ...]:

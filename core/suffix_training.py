@@ -37,10 +37,7 @@ class SuffixTraining:
         self._compiled: dict[bool, AdapterTraining] = {}
         layers = describe_layers(adapted.network)
         self._worth_keeping = worth_keeping(frozen_share(layers, adapted.plan.targets))
-        try:
-            self._suffix = SuffixNetwork(adapted, precision=precision)
-        except AdapterError as error:
-            log.info("training the network as it is: %s", error)
+        self._cut_off()
 
     def run(
         self,
@@ -78,10 +75,20 @@ class SuffixTraining:
         Returns:
             The training, and a ``CachedSlices`` if features are kept, else ``slices``.
         """
+        if self._suffix and self._suffix.statistics != self.adapted.statistics:
+            self._cut_off()
         cached = None
         if cache and self._suffix and self._suffix.saved and self._worth_keeping:
             cached = cache.slices(self._suffix, slices)
         return self._training(cached is not None), cached or slices
+
+    def _cut_off(self) -> None:
+        """Cut the suffix off with the statistics that are stored in the network now."""
+        self._compiled.clear()
+        try:
+            self._suffix = SuffixNetwork(self.adapted, precision=self._precision)
+        except AdapterError as error:
+            log.info("training the network as it is: %s", error)
 
     def _training(self, cached: bool) -> AdapterTraining:
         if cached not in self._compiled:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from dafne_federated.core.class_weights import ClassCounts
 from dafne_federated.core.errors import MessageError
 from dafne_federated.core.plan import Sha256, WireType
 
@@ -21,10 +22,12 @@ QUERY_OFFER = "query.offer"
 TRAIN_BASE = "train.base"
 TRAIN_ROUND = "train.round"
 EVALUATE_STATE = "evaluate.state"
+QUERY_STATISTICS = "query.statistics"
 
 # No control characters and no line separators: the text goes into records and terminals.
 _PLAIN = r"^[^\x00-\x1f\x7f-\x9f\u{2028}\u{2029}]*$"
 Reason = Annotated[str, Field(max_length=500, pattern=_PLAIN)]
+Counts = Annotated[list[Annotated[int, Field(ge=0, le=2**53)]], Field(max_length=256)]
 SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$")]
 
 
@@ -140,6 +143,9 @@ class RoundRequest(WireMessage):
 
     Attributes:
         wire: How the values of states travel with this message and with its answer.
+        class_pixels: Pixels of each output channel at all sites, background first, where the
+            sites pooled them; a site then weighs labels by these counts.
+        class_slices: Slices that hold each of them.
     """
 
     protocol: Literal[1] = 1
@@ -152,6 +158,61 @@ class RoundRequest(WireMessage):
     learning_rate: float = Field(gt=0)
     seed: int = Field(ge=0)
     wire: WireType = "float32"
+    class_pixels: Counts | None = None
+    class_slices: Counts | None = None
+
+    @property
+    def classes(self) -> ClassCounts | None:
+        """The pooled counts of the classes, if they came along."""
+        if not self.class_pixels or not self.class_slices:
+            return None
+        return ClassCounts(tuple(self.class_pixels), tuple(self.class_slices))
+
+
+class StatisticsRequest(WireMessage):
+    """Ask for counts of classes, or for the moments of what one normalisation is given.
+
+    The new statistics of the normalisations in front of it come along as arrays.
+
+    Attributes:
+        what: Which of both.
+        number: The normalisation, 0 for the first of the plan; 0 for the classes.
+    """
+
+    protocol: Literal[1] = 1
+    run: str = Field(pattern=r"^[0-9a-f]{32}$")
+    base_digest: Sha256
+    plan_digest: Sha256
+    what: Literal["classes", "moments"]
+    number: int = Field(ge=0, le=9999)
+
+
+class StatisticsReply(WireMessage):
+    """A site's counts, or its moments: those travel as arrays ``mean`` and ``variance``, float64.
+
+    Attributes:
+        status: ``ok``, ``withheld`` (the site shares no statistics but takes part),
+            ``refused`` (by the site's other rules) or ``failed``.
+        reason: In words, without paths or names of persons.
+        slices: Training slices that it is about.
+        class_pixels: Pixels of each output channel, background first.
+        class_slices: Slices that hold each of them.
+    """
+
+    metrics: ClassVar[frozenset[str]] = frozenset({"slices", "class-pixels", "class-slices"})
+
+    protocol: Literal[1] = 1
+    run: str = Field(pattern=r"^[0-9a-f]{32}$")
+    site: SiteName
+    base_digest: Sha256
+    plan_digest: Sha256
+    what: Literal["classes", "moments"]
+    number: int = Field(ge=0, le=9999)
+    status: Literal["ok", "withheld", "refused", "failed"]
+    reason: Reason = ""
+    slices: int = Field(default=0, ge=0)
+    class_pixels: Counts = Field(default_factory=list)
+    class_slices: Counts = Field(default_factory=list)
 
 
 class RoundReply(WireMessage):

@@ -7,6 +7,7 @@ has, at both ends: what a site evaluates is the state that the server keeps.
 import io
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -71,7 +72,21 @@ def take_state(content: RecordDict, plan: AdaptationPlan, wire: WireType = "floa
     if not 1 <= rank <= plan.max_rank:
         msg = f"rank: expected 1 to {plan.max_rank}, got {rank}"
         raise StateError(msg)
-    shapes = plan.state_shapes(rank)
+    arrays = take_arrays(content, plan.state_shapes(rank), wire)
+    state = {name: array.astype(np.float32, copy=False) for name, array in arrays.items()}
+    check_state(plan, state)
+    return state
+
+
+def take_arrays(
+    content: RecordDict, shapes: Mapping[str, tuple[int, ...]], dtype: str = "float32"
+) -> dict[str, npt.NDArray[Any]]:
+    """Return the arrays of these names and shapes, all of them finite.
+
+    Raises:
+        StateError: A name is missing or unknown, or a shape, dtype or value is wrong.
+    """
+    record = _record(content)
     if shapes.keys() != set(record.keys()):
         missing, unknown = (
             sorted(shapes.keys() - record.keys()),
@@ -79,12 +94,13 @@ def take_state(content: RecordDict, plan: AdaptationPlan, wire: WireType = "floa
         )
         msg = f"arrays differ from the plan: missing {missing[:5]}, unknown {unknown[:5]}"
         raise StateError(msg)
-    state = {
-        name: _parse(name, record[name], shapes[name], wire).astype(np.float32, copy=False)
-        for name in sorted(shapes)
-    }
-    check_state(plan, state)
-    return state
+    arrays = {name: _parse(name, record[name], shapes[name], dtype) for name in sorted(shapes)}
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            bad = int((~np.isfinite(array)).sum())
+            msg = f"array {name!r}: expected finite values, got {bad} that are not"
+            raise StateError(msg)
+    return arrays
 
 
 def take_bytes(content: RecordDict, name: str, limit: int) -> bytes:
@@ -127,7 +143,7 @@ def _record(content: RecordDict) -> ArrayRecord:
         raise StateError(msg) from None
 
 
-def _parse(name: str, array: Array, shape: tuple[int, ...], dtype: str) -> npt.NDArray[np.generic]:
+def _parse(name: str, array: Array, shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
     """Return the values after checking what is claimed, what is inside, and the exact size."""
     kind = np.dtype(dtype)
     size = math.prod(shape) * kind.itemsize

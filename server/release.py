@@ -24,8 +24,8 @@ def release(folder: RunFolder) -> RunResult:
     taken. The Dice are those that the sites measured on their validation persons.
     """
     info, plan, rounds = folder.info(), folder.plan(), folder.rounds()
-    base_dice = scores(rounds[0])
-    number, reason = choose_round(rounds, info.settings)
+    base_dice = base_scores(folder)
+    number, reason = choose_round(rounds, info.settings, base_dice)
     if number is None:
         result = RunResult(
             released=False,
@@ -60,16 +60,20 @@ def release(folder: RunFolder) -> RunResult:
     return result
 
 
-def choose_round(rounds: list[RoundLine], settings: RunSettings) -> tuple[int | None, str]:
+def choose_round(
+    rounds: list[RoundLine], settings: RunSettings, base: Scores | None = None
+) -> tuple[int | None, str]:
     """Return the round to release, or None, and why in words.
 
     Args:
         rounds: All lines; the last one evaluates the final state.
         settings: Those of the run.
+        base: Dice of the base; by default those of the first round.
     """
     if settings.gate == "none":
         return rounds[-1].round - 1, "the last round, released without a gate as the settings say"
-    base, best, reasons = scores(rounds[0]), None, []
+    best, reasons = None, []
+    base = scores(rounds[0]) if base is None else base
     for line in rounds[1:]:
         candidate, number = scores(line), line.round - 1
         if reason := why_not(base, candidate, settings.margin):
@@ -105,6 +109,8 @@ def provenance(
         "method": plan.method,
         "rank": plan.rank,
         "strategy": info.settings.strategy,
+        "statistics": info.settings.statistics,
+        "class_weights": info.settings.class_weights,
         "rounds": number,
         "epochs_per_round": info.settings.epochs,
         "sites": len(cases),
@@ -126,6 +132,18 @@ def sidecar_metadata(model: ModelFile) -> dict[str, Any]:
         "type": model.type,
         "can_incremental_learn": bool(model.functions.get("incremental_learn_function")),
     }
+
+
+def base_scores(folder: RunFolder) -> Scores:
+    """Return the Dice of the base by site and label.
+
+    They are those of the first round, unless the sites received pooled statistics in it: then
+    they measured the base before.
+    """
+    pooled = folder.pooled()
+    if pooled is None or not pooled.moments:
+        return scores(folder.rounds()[0])
+    return {name: site.dice for name, site in sorted(pooled.sites.items()) if site.dice}
 
 
 def scores(line: RoundLine) -> Scores:

@@ -11,6 +11,7 @@ import zlib
 
 from flwr.serverapp import Grid
 
+from dafne_federated.core.class_weights import ClassCounts
 from dafne_federated.core.errors import RunError
 from dafne_federated.core.files import arrays_digest
 from dafne_federated.core.plan import AdaptationPlan
@@ -25,6 +26,7 @@ from dafne_federated.core.wire import (
 from dafne_federated.core.wire_arrays import rounded, state_record
 from dafne_federated.server.exchange import Replies, exchange
 from dafne_federated.server.membership import Members, gather
+from dafne_federated.server.statistics import pool_statistics, with_statistics
 from dafne_federated.strategies import STRATEGIES
 from dafne_federated.strategies.outliers import too_large
 from dafne_federated.strategies.update_gate import Verdict, judge
@@ -45,8 +47,14 @@ def run_rounds(grid: Grid, folder: RunFolder) -> None:
     if last > info.settings.rounds:
         return
     members = gather(grid, folder, info, plan)
+    pooled = pool_statistics(grid, folder, members, first_state(info, plan))
+    if not done:
+        state = rounded(with_statistics(folder, state, pooled), info.settings.wire)
+    classes = pooled.classes
     for number in range(last + 1, info.settings.rounds + 2):
-        line, state = _round(grid, folder, info, plan, members, state, number, joined=last + 1)
+        line, state = _round(
+            grid, folder, info, plan, members, state, number, joined=last + 1, classes=classes
+        )
         folder.finish_round(line, state)
         folder.event("round finished", round=number, trained=line.trained)
         log.info("round %d finished in %.1f s", number, line.seconds)
@@ -67,6 +75,7 @@ def _round(
     state: State,
     number: int,
     joined: int,
+    classes: ClassCounts | None,
 ) -> tuple[RoundLine, State]:
     settings, begun = info.settings, time.monotonic()
     trained = number <= settings.rounds
@@ -80,6 +89,8 @@ def _round(
         learning_rate=settings.learning_rate_in(number),
         seed=settings.seed,
         wire=settings.wire,
+        class_pixels=list(classes.pixels) if classes and trained else None,
+        class_slices=list(classes.slices) if classes and trained else None,
     )
     content = request.to_record(state_record(state, settings.wire))
     folder.event("round started", round=number, sites=sorted(members.nodes), trained=trained)
@@ -93,7 +104,7 @@ def _round(
         lambda site: folder.event("site answered", round=number, site=site),
     )
     verdicts = {
-        site: _verdict(site, replies, request, plan, members.cases[site], settings.deadline)
+        site: _verdict(site, replies, request, plan, members.cases[site], settings.deadline, state)
         for site in sorted(members.nodes)
     }
     updates = [verdict.update for verdict in verdicts.values() if verdict.update]
@@ -145,13 +156,14 @@ def _verdict(
     plan: AdaptationPlan,
     max_cases: int,
     deadline: float,
+    sent: State,
 ) -> Verdict:
     if site not in replies:
         return Verdict("silent", f"no answer within {deadline:g} s")
     content = replies[site]
     if content is None:
         return Verdict("failed", "its program ended without an answer")
-    return judge(site, content, request, plan, max_cases)
+    return judge(site, content, request, plan, max_cases, sent)
 
 
 def _site_round(plan: AdaptationPlan, verdict: Verdict, down: int, up: int) -> SiteRound:

@@ -18,7 +18,8 @@ def train_alone(
 ) -> State:
     """Return the best state that a site reaches without the others, base included.
 
-    It trains as often and as long as in the federation, from the same first state, and keeps
+    It trains as often and as long as in the federation, from the same first state, with its own
+    statistics and class frequencies where the federation pools them, and keeps
     the state with the best mean Dice on its own validation cases; without such cases, the last.
 
     Args:
@@ -28,7 +29,10 @@ def train_alone(
         settings: Those of the federation.
         on_round: Called after each round with a note.
     """
-    state, best, best_dice = start, start, _validation_dice(site, plan, start)
+    best, best_dice = start, _validation_dice(site, plan, start)
+    state = site.own_statistics(plan, start)
+    own = settings.class_weights == "pooled"
+    classes = site.class_counts(plan)[0] if own else None
     for number in range(1, settings.rounds + 1):
         state, _, _ = site.train(
             plan,
@@ -38,6 +42,7 @@ def train_alone(
             settings.learning_rate_in(number),
             settings.seed,
             number,
+            classes,
         )
         score = _validation_dice(site, plan, state)
         if score is None or best_dice is None or score > best_dice:

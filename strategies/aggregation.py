@@ -51,7 +51,7 @@ def combine(
     """Average dense parts and combine low-rank pairs layer by layer.
 
     Sites are taken in the order of their names and all sums run in float64, so the order of
-    arrival cannot change a bit.
+    arrival cannot change a bit. Stored statistics are equal in all updates and are carried on.
 
     Args:
         plan: The plan of all states.
@@ -65,6 +65,9 @@ def combine(
     missed, size = 0.0, 0.0
     for target in plan.targets:
         key = target.key
+        if not target.trained:  # the gate saw to it that they are equal
+            state[f"{key}/delta"] = ordered[0].state[f"{key}/delta"]
+            continue
         if not target.low_rank:
             for name in (f"{key}/{part}" for part in target.arrays(plan.rank)):
                 state[name] = weighted_mean([u.state[name] for u in ordered], weights)

@@ -15,10 +15,13 @@ def update_norm(plan: AdaptationPlan, state: State) -> float:
     """Return how far ``state`` moves the base: the Frobenius norm over all changed weights.
 
     Low-rank pairs count by their product, which is what they do; two factorisations of the
-    same update have the same norm.
+    same update have the same norm. Stored statistics are not an update and do not count.
     """
     square = 0.0
+    trained = plan.state_shapes(trained=True)
     for key, array in state.items():
+        if key not in trained:
+            continue
         name, _, part = key.partition("/")
         if part == "a":
             square += (plan.scale * product_norm((array, state[f"{name}/b"]))) ** 2

@@ -9,6 +9,7 @@ from flwr.app import RecordDict
 
 from dafne_federated.core.errors import DafneFederatedError, StateError
 from dafne_federated.core.plan import AdaptationPlan
+from dafne_federated.core.state import State
 from dafne_federated.core.wire import RoundReply, RoundRequest
 from dafne_federated.core.wire_arrays import take_state
 from dafne_federated.strategies.aggregation import Update
@@ -42,13 +43,14 @@ def judge(
     request: RoundRequest,
     plan: AdaptationPlan,
     max_cases: int,
+    sent: State | None = None,
 ) -> Verdict:
     """Check one reply; nothing about it is trusted, and a bad one costs the round nothing.
 
     Checked in this order: the message itself; that it answers this round of this run, base and
     plan and comes from this site; that the number of cases is plausible; names, shapes, dtypes
     and byte counts of the arrays before any of them is parsed; that all values are finite and
-    of a size that a weight change can have.
+    of a size that a weight change can have; that stored statistics came back as they were sent.
 
     Args:
         site: Registered name of the site that the transport says it comes from.
@@ -56,6 +58,7 @@ def judge(
         request: What was asked.
         plan: The plan of the run.
         max_cases: Largest number of training cases that is believed: what the site offered.
+        sent: The state that was sent, for plans that set stored statistics.
     """
     try:
         reply = RoundReply.from_record(content)
@@ -78,7 +81,13 @@ def judge(
             msg = f"training cases: expected 1 to {max_cases}, got {reply.training_cases}"
             raise StateError(msg)
         state = take_state(content, plan, request.wire)
-        for key, array in state.items():
+        set_once = plan.state_shapes(trained=False)
+        for key in set_once:
+            if sent is None or state[key].tobytes() != sent[key].tobytes():
+                msg = f"array {key!r}: expected the stored statistics as they were sent, got others"
+                raise StateError(msg)
+        for key in sorted(state.keys() - set_once.keys()):
+            array = state[key]
             if (largest := float(np.abs(array).max(initial=0.0))) > _LARGEST_VALUE:
                 msg = f"array {key!r}: expected values within {_LARGEST_VALUE:g}, got {largest:.3g}"
                 raise StateError(msg)

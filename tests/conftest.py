@@ -135,6 +135,32 @@ def make_state(small_plan: AdaptationPlan) -> Callable[..., State]:
 
 
 @pytest.fixture(scope="session")
+def statistics_plan(small_plan: AdaptationPlan) -> AdaptationPlan:
+    """``small_plan`` with the stored statistics of two normalisations."""
+    statistics = (
+        Target(key="0008", layer="n", kind="mean", shape=(5,)),
+        Target(key="0009", layer="n", kind="variance", shape=(5,)),
+        Target(key="0012", layer="m", kind="mean", shape=(3,)),
+        Target(key="0013", layer="m", kind="variance", shape=(3,)),
+    )
+    return small_plan.model_copy(update={"targets": small_plan.targets + statistics})
+
+
+@pytest.fixture(scope="session")
+def make_statistics_state(statistics_plan: AdaptationPlan) -> Callable[..., State]:
+    """A function that draws a state of ``statistics_plan`` from a seed."""
+
+    def make(seed: int) -> State:
+        generator = np.random.default_rng(seed)
+        return {
+            key: generator.normal(size=shape).astype("float32")
+            for key, shape in statistics_plan.state_shapes().items()
+        }
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def squares_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder of eight persons at two sites that differ in contrast."""
     from dataclasses import replace

@@ -21,6 +21,7 @@ DAFNE = {"core/model_runtime.py", "core/dafne_functions.py", "core/preprocessing
 KERAS = {
     "core/adapters.py",
     "core/backend.py",
+    "core/batch_statistics.py",
     "core/folded_layers.py",
     "core/loss_parts.py",
     "core/low_rank_layers.py",

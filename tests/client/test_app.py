@@ -30,9 +30,11 @@ from dafne_federated.core.wire import (  # noqa: E402
     OfferReply,
     RoundReply,
     RoundRequest,
+    StatisticsReply,
+    StatisticsRequest,
     array_record,
 )
-from dafne_federated.core.wire_arrays import state_record, take_state  # noqa: E402
+from dafne_federated.core.wire_arrays import state_record, take_arrays, take_state  # noqa: E402
 
 RUN = "0" * 32
 
@@ -102,6 +104,19 @@ class SiteUnderTest:
         kind = "train.round" if epochs else "evaluate.state"
         arrays = state_record(initial_state(plan, 0), sent or request.wire)
         return self.ask(request.to_record(arrays), kind)
+
+    def statistics(self, plan: AdaptationPlan, what: str, number: int = 0, **more: Any) -> Any:
+        """Return the content of the answer; ``more`` holds arrays by name, or a run."""
+        request = StatisticsRequest.model_validate(
+            {
+                "run": more.pop("run", RUN),
+                "base_digest": plan.base_digest,
+                "plan_digest": plan.digest,
+                "what": what,
+                "number": number,
+            }
+        )
+        return self.ask(request.to_record(array_record(more)), "query.statistics")
 
 
 MakeSite = Callable[..., SiteUnderTest]
@@ -274,7 +289,7 @@ def test_not_even_broken_settings_give_a_path_away(
     assert RoundReply.from_record(content).status == "failed"
     assert str(ready.path) not in str(content)
     (ready.path / "site.json").write_text("{")
-    for kind in ("query.offer", "train.base", "train.round", "evaluate.state"):
+    for kind in ("query.offer", "train.base", "train.round", "evaluate.state", "query.statistics"):
         assert not ready.ask(RecordDict({}), kind)  # no error with a text, and no record
 
 
@@ -304,3 +319,105 @@ def test_kept_outputs_of_frozen_layers_change_nothing(make_site: MakeSite, train
     assert max(np.abs(states[0][key] - start[key]).max() for key in start) > 0.01
     for key in start:
         np.testing.assert_allclose(states[1][key], states[0][key], atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def pooling_plan(trained: Any) -> AdaptationPlan:
+    model = RunningModel(read_model(trained.path), trained.approvals)
+    return make_plan(model, RunSettings(rank=2, statistics="pooled"))
+
+
+@pytest.fixture
+def sharing(make_site: MakeSite, pooling_plan: AdaptationPlan, trained: Any) -> SiteUnderTest:
+    """A site that approved and has the base, for a plan with statistics."""
+    site = make_site()
+    site.approvals.add(read_model(trained.path), "test")
+    site.offer(pooling_plan)
+    site.send_base(trained.path.read_bytes(), pooling_plan.base_digest)
+    return site
+
+
+def test_a_site_counts_its_classes(sharing: SiteUnderTest, pooling_plan: AdaptationPlan) -> None:
+    reply = StatisticsReply.from_record(sharing.statistics(pooling_plan, "classes"))
+    assert (reply.status, reply.slices) == ("ok", 8)
+    assert reply.class_slices == [8, 8, 8]
+    assert sum(reply.class_pixels) % 8 == 0
+    # rows times columns of the squares that the test draws, before they are resampled
+    np.testing.assert_allclose(reply.class_pixels[1:], [8 * 12 * 10, 8 * 10 * 12], rtol=0.1)
+
+
+def test_moments_follow_the_new_statistics_in_front(
+    sharing: SiteUnderTest, pooling_plan: AdaptationPlan
+) -> None:
+    plan = pooling_plan
+    shapes = [mean.shape for mean, _ in plan.normalisations]
+
+    def asked(number: int, renewed: dict[str, Any]) -> dict[str, Any]:
+        content = sharing.statistics(plan, "moments", number, **renewed)
+        reply = StatisticsReply.from_record(content)
+        assert (reply.status, reply.slices, reply.number) == ("ok", 8, number)
+        wanted = {"mean": shapes[number], "variance": shapes[number]}
+        return take_arrays(content, wanted, "float64")
+
+    first = asked(0, {})
+    assert (first["variance"] > 0).all()
+    nothing = {key: np.zeros(s, np.float32) for key, s in plan.statistics_shapes(1).items()}
+    moved = {key: array + np.float32(0.5) for key, array in nothing.items()}
+    before, after = asked(1, nothing), asked(1, moved)
+    assert np.abs(before["mean"] - after["mean"]).max() > 1e-3
+    again = asked(0, {})
+    assert again["mean"].tobytes() == first["mean"].tobytes()
+
+
+def test_what_a_site_does_not_share_stays_there(
+    make_site: MakeSite, pooling_plan: AdaptationPlan, trained: Any
+) -> None:
+    site = make_site(share_statistics=False)
+    site.approvals.add(read_model(trained.path), "test")
+    assert site.offer(pooling_plan).status == "need"  # it takes part
+    site.send_base(trained.path.read_bytes(), pooling_plan.base_digest)
+    for what in ("classes", "moments"):
+        content = site.statistics(pooling_plan, what)
+        reply = StatisticsReply.from_record(content)
+        assert (reply.status, reply.slices, reply.class_pixels) == ("withheld", 0, [])
+        assert "arrays" not in content
+    assert RoundReply.from_record(site.round(pooling_plan)).status == "ok"
+
+
+def test_questions_that_do_not_fit_are_refused_in_words(
+    sharing: SiteUnderTest, pooling_plan: AdaptationPlan
+) -> None:
+    number = len(pooling_plan.normalisations)
+    everything = {
+        key: np.zeros(shape, np.float32)
+        for key, shape in pooling_plan.statistics_shapes(number).items()
+    }
+    for content, words in (
+        (sharing.statistics(pooling_plan, "classes", run="1" * 32), "never offered"),
+        (sharing.statistics(pooling_plan, "moments", 1), "arrays differ from the plan"),
+        (sharing.statistics(pooling_plan, "moments", number, **everything), "the plan sets"),
+    ):
+        reply = StatisticsReply.from_record(content)
+        assert (reply.status, words in reply.reason) == ("refused", True)
+
+
+def test_pooled_counts_change_what_is_learnt_and_wrong_ones_are_refused(
+    sharing: SiteUnderTest, pooling_plan: AdaptationPlan
+) -> None:
+    plan = pooling_plan
+    counts = StatisticsReply.from_record(sharing.statistics(plan, "classes"))
+    pixels, slices = counts.class_pixels, counts.class_slices
+    rarer = [pixels[0] + pixels[1] // 2, pixels[1] - pixels[1] // 2, pixels[2]]
+    states = []
+    for given in (None, pixels, rarer):
+        changes = {"class_pixels": given, "class_slices": slices} if given else {}
+        content = sharing.round(plan, **changes)
+        states.append(take_state(content, plan))
+        assert not any(states[-1][key].any() for key in plan.state_shapes(trained=False))
+    assert max(np.abs(states[2][key] - states[1][key]).max() for key in states[0]) > 1e-4
+    content = sharing.round(plan, class_pixels=pixels[:2], class_slices=slices[:2])
+    reply = RoundReply.from_record(content)
+    assert (reply.status, "pooled counts are not of 3 channels" in reply.reason) == (
+        "refused",
+        True,
+    )

@@ -125,3 +125,38 @@ def test_bad_text_is_named(plan: AdaptationPlan, old: str, new: str, words: str)
 def test_target_kinds_are_closed() -> None:
     with pytest.raises(ValueError, match="kind"):
         Target.model_validate({"key": "0000", "layer": "x", "kind": "exec", "shape": (1,)})
+
+
+def statistic(key: str, kind: str, channels: int = 8) -> Target:
+    return Target.model_validate({"key": key, "layer": "n", "kind": kind, "shape": (channels,)})
+
+
+def with_targets(plan: AdaptationPlan, *more: Target) -> AdaptationPlan:
+    return AdaptationPlan.model_validate(plan.model_dump() | {"targets": [*plan.targets, *more]})
+
+
+def test_statistics_are_part_of_the_state_but_not_of_what_is_trained(plan: AdaptationPlan) -> None:
+    pair = (statistic("0010", "mean"), statistic("0011", "variance"))
+    wider = with_targets(plan, *pair)
+    assert wider.normalisations == (pair,)
+    assert wider.state_shapes(trained=False) == {"0010/delta": (8,), "0011/delta": (8,)}
+    assert wider.state_shapes(trained=True) == plan.state_shapes()
+    assert wider.state_shapes() == plan.state_shapes() | wider.statistics_shapes(1)
+    assert wider.parameters == plan.parameters
+    assert wider.wire_bytes == plan.wire_bytes + 4 * 16
+    assert wider.statistics_shapes(0) == plan.statistics_shapes(1) == {}
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        (statistic("0010", "mean"),),
+        (statistic("0010", "variance"), statistic("0011", "mean")),
+        (statistic("0010", "mean"), statistic("0011", "variance", channels=4)),
+    ],
+)
+def test_statistics_that_are_no_pairs_are_refused(
+    plan: AdaptationPlan, targets: tuple[Target, ...]
+) -> None:
+    with pytest.raises(ValueError, match="expected a mean and a variance of one shape"):
+        with_targets(plan, *targets)

@@ -3,11 +3,17 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dafne_federated.core.errors import RunError, StateError
 from dafne_federated.core.files import arrays_digest, sha256
 from dafne_federated.core.plan import AdaptationPlan
+from dafne_federated.core.pooled_statistics import (
+    PooledMoments,
+    PooledSite,
+    PooledStatistics,
+)
 from dafne_federated.core.run_folder import (
     RoundLine,
     RunFolder,
@@ -151,3 +157,21 @@ def test_other_folders_are_named(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"run": 3}')
     with pytest.raises(RunError, match=r"run\.json: "):
         RunFolder(tmp_path).info()
+
+
+def test_what_was_pooled_is_read_back_to_the_last_digit(folder: RunFolder) -> None:
+    assert folder.pooled() is None
+    generator = np.random.default_rng(0)
+    mean, variance = generator.normal(size=(2, 5)) / 3
+    pooled = PooledStatistics(
+        sites={"a": PooledSite(slices=3, dice={"bright": 1 / 3, "dark": None})},
+        moments=[PooledMoments(slices=3, mean=mean.tolist(), variance=(variance**2).tolist())],
+        class_pixels=[7, 2],
+        class_slices=[3, 1],
+    )
+    folder.keep_pooled(pooled)
+    assert folder.pooled() == pooled
+    path = folder.path / "statistics.json"
+    path.write_bytes(path.read_bytes().replace(b'"slices":3', b'"slices":-3'))
+    with pytest.raises(RunError, match=r"statistics\.json: moments\.0\.slices"):
+        folder.pooled()

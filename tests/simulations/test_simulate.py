@@ -18,6 +18,8 @@ import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("backend")]
 
+from dafne_federated.client.site import Site  # noqa: E402
+from dafne_federated.client.site_settings import read_site  # noqa: E402
 from dafne_federated.core.approvals import Approvals  # noqa: E402
 from dafne_federated.core.dataset import open_folder  # noqa: E402
 from dafne_federated.core.errors import (  # noqa: E402
@@ -30,6 +32,7 @@ from dafne_federated.core.merged_model import adapted_model  # noqa: E402
 from dafne_federated.core.model_file import read_model, write_model  # noqa: E402
 from dafne_federated.core.run_folder import RunFolder  # noqa: E402
 from dafne_federated.core.settings import RunSettings  # noqa: E402
+from dafne_federated.server.rounds import first_state  # noqa: E402
 from dafne_federated.simulations.partition import PartitionSettings  # noqa: E402
 from dafne_federated.simulations.preparation import Simulation  # noqa: E402
 from dafne_federated.simulations.progress import Stages  # noqa: E402
@@ -137,6 +140,45 @@ def test_only_the_planned_weights_differ_from_the_base(done: RunFolder) -> None:
     changed = {k for k in base.weights if not np.array_equal(base.weights[k], new.weights[k])}
     assert changed == planned
     assert base.functions == new.functions
+
+
+@pytest.fixture(scope="module")
+def pooled(run_one: Callable[..., RunFolder]) -> RunFolder:
+    both = {"statistics": "pooled", "class_weights": "pooled"}
+    return run_one("pooled", local_only=True, settings=SETTINGS.model_copy(update=both))
+
+
+def test_a_run_with_pooled_statistics_gains_and_releases_what_was_evaluated(
+    pooled: RunFolder, squares_folder: Path
+) -> None:
+    result, plan = pooled.result(), pooled.plan()
+    assert result.released, result.reason
+    base, new = read_model(pooled.base), read_model(pooled.release / result.release)
+    changed = {k for k in base.weights if not np.array_equal(base.weights[k], new.weights[k])}
+    assert changed == {target.key for target in plan.targets}
+    assert all((new.weights[variance.key] > 0).all() for _, variance in plan.normalisations)
+    folder = open_folder(squares_folder)
+    difference = release_difference(pooled, folder.cases[0], folder.labels)
+    assert difference is not None
+    assert difference < 1e-5
+    rows = load_test_rows(pooled)
+    means = [np.mean([r.dice for r in rows if r.arm == arm]) for arm in ("base", "federated")]
+    assert means[1] > means[0]
+
+
+def test_the_pool_is_that_of_one_site_with_all_data(pooled: RunFolder) -> None:
+    plan, kept = pooled.plan(), pooled.pooled()
+    assert kept is not None
+    sites = [read_site(path) for path in sorted((pooled.path / "sites").glob("*.json"))]
+    names = tuple(name for site in sites for name in site.training)
+    everything = Site(sites[0].model_copy(update={"name": "all", "training": names}))
+    alone = everything.own_statistics(plan, first_state(pooled.info(), plan))
+    federated = pooled.state_after(1)
+    for key in plan.state_shapes(trained=False):
+        np.testing.assert_allclose(federated[key], alone[key], rtol=1e-5, atol=1e-5)
+    counts, slices = everything.class_counts(plan)
+    assert kept.classes == counts
+    assert sum(site.slices for site in kept.sites.values()) == slices == kept.moments[0].slices
 
 
 def test_the_base_travels_once_then_adapters_only(done: RunFolder) -> None:

@@ -12,6 +12,7 @@ from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.state import State, check_state, kernel_update, state_bytes
 from dafne_federated.strategies import STRATEGIES
 from dafne_federated.strategies.aggregation import Update
+from dafne_federated.strategies.outliers import update_norm
 
 Make = Callable[..., State]
 ANY = pytest.mark.parametrize("name", STRATEGIES)
@@ -161,3 +162,28 @@ def test_factors_is_not_the_mean_of_products(small_plan: AdaptationPlan, make_st
     assert STRATEGIES["product"](small_plan, ups).error < STRATEGIES["factors"](
         small_plan, ups
     ).error  # fmt: skip
+
+
+@ANY
+def test_stored_statistics_are_carried_on_bit_for_bit(
+    name: str, statistics_plan: AdaptationPlan, make_statistics_state: Make
+) -> None:
+    fixed = statistics_plan.state_shapes(trained=False)
+    sent = make_statistics_state(9)
+    sent["0008/delta"][0] = -0.0
+    ups = [
+        Update(f"site {i}", make_statistics_state(i) | {k: sent[k].copy() for k in fixed}, i + 1)
+        for i in range(3)
+    ]
+    result = STRATEGIES[name](statistics_plan, ups)
+    check_state(statistics_plan, result.state)
+    for key in fixed:
+        assert result.state[key].tobytes() == sent[key].tobytes()
+
+
+def test_stored_statistics_do_not_count_as_an_update(
+    statistics_plan: AdaptationPlan, make_statistics_state: Make
+) -> None:
+    state = make_statistics_state(0)
+    other = state | {"0008/delta": 1e6 * np.ones(5, np.float32)}
+    assert update_norm(statistics_plan, state) == update_norm(statistics_plan, other) > 0

@@ -210,3 +210,32 @@ def test_messages_without_their_records_are_refused(
     assert "the message has no arrays" in bare.reason
     other = reply.to_record(ArrayRecord({}))
     assert "missing" in judge("site-a", other, request_, small_plan, 1000).reason
+
+
+@pytest.mark.parametrize("key", ["0008/delta", "0013/delta"])
+def test_statistics_must_come_back_bit_for_bit(
+    key: str,
+    statistics_plan: AdaptationPlan,
+    make_statistics_state: Callable[..., State],
+    request_: RoundRequest,
+    reply: RoundReply,
+) -> None:
+    digest = statistics_plan.digest
+    asked = request_.model_copy(update={"plan_digest": digest})
+    answer = reply.model_copy(update={"plan_digest": digest})
+    sent = make_statistics_state(0) | {"0008/delta": np.full(5, 1e6, np.float32)}
+    trained = make_statistics_state(1)
+    fixed = {k: sent[k] for k in statistics_plan.state_shapes(trained=False)}
+
+    def judged(arrays: State) -> Verdict:
+        content = answer.to_record(arrays)
+        return judge("site-a", content, asked, statistics_plan, max_cases=1000, sent=sent)
+
+    good = judged(trained | fixed)
+    assert (good.status, good.reason) == ("ok", "")
+    moved = fixed[key].copy()
+    moved[0] = np.nextafter(moved[0], np.float32(2e6))
+    bad = judged(trained | fixed | {key: moved})
+    assert (bad.status, bad.update) == ("refused", None)
+    assert f"array {key!r}: expected the stored statistics as they were sent" in bad.reason
+    assert judged(trained | fixed | {"0006/delta": np.full((1, 1, 4, 3), 2e4, np.float32)}).reason

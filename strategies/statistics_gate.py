@@ -1,0 +1,143 @@
+"""Turn a site's answer about its slices into what can be pooled, or into a reason why not."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from flwr.app import RecordDict
+
+from dafne_federated.core.class_weights import ClassCounts
+from dafne_federated.core.errors import DafneFederatedError, StateError
+from dafne_federated.core.moments import Moments
+from dafne_federated.core.plan import AdaptationPlan
+from dafne_federated.core.wire import StatisticsReply, StatisticsRequest
+from dafne_federated.core.wire_arrays import take_arrays
+
+log = logging.getLogger(__name__)
+
+# More slices than this are not believed of one examination.
+_SLICES_OF_A_CASE = 2000
+# What float32 can still hold the square of.
+_LARGEST_MEAN = 1e18
+_LARGEST_VARIANCE = 1e36
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of one answer.
+
+    Attributes:
+        status: ``shared``, ``withheld``, ``refused`` (here or by the site) or ``failed``.
+        reason: In words; empty if shared.
+        slices: Training slices of the site.
+        classes: Their counts, if those were asked for.
+        moments: Their moments, if those were asked for; counted in slices.
+    """
+
+    status: Literal["shared", "withheld", "refused", "failed", "silent"]
+    reason: str = ""
+    slices: int = 0
+    classes: ClassCounts | None = None
+    moments: Moments | None = None
+
+
+def judge_statistics(
+    site: str, content: RecordDict, request: StatisticsRequest, plan: AdaptationPlan, max_cases: int
+) -> Answer:
+    """Check one answer; nothing about it is trusted, and a bad one costs the pool nothing.
+
+    Checked: that it answers this question of this run and comes from this site; that numbers of
+    slices and pixels are plausible and fit each other; names, shapes, dtypes and byte counts of
+    arrays before any of them is parsed; that moments are finite, of a size that float32 holds,
+    and no variance is negative.
+
+    Args:
+        site: Registered name of the site that the transport says it comes from.
+        content: The answer.
+        request: What was asked.
+        plan: The plan of the run.
+        max_cases: Training cases that the site offered.
+    """
+    try:
+        reply = StatisticsReply.from_record(content)
+        if reply.status != "ok":
+            return Answer(reply.status, reply.reason or reply.status)
+        for name, wanted, got in (
+            ("site", site, reply.site),
+            ("run", request.run, reply.run),
+            ("base digest", request.base_digest, reply.base_digest),
+            ("plan digest", request.plan_digest, reply.plan_digest),
+            ("question", f"{request.what} {request.number}", f"{reply.what} {reply.number}"),
+        ):
+            if wanted != got:
+                msg = f"{name}: expected {str(wanted)[:20]!r}, got {str(got)[:20]!r}"
+                raise StateError(msg)
+        if not 0 < reply.slices <= max_cases * _SLICES_OF_A_CASE:
+            most = max_cases * _SLICES_OF_A_CASE
+            msg = f"training slices: expected 1 to {most}, got {reply.slices}"
+            raise StateError(msg)
+        if request.what == "classes":
+            return Answer("shared", slices=reply.slices, classes=_classes(reply, plan))
+        found = _moments(content, reply.slices, plan, request.number)
+        return Answer("shared", slices=reply.slices, moments=found)
+    except DafneFederatedError as error:
+        return Answer("refused", str(error))
+    except Exception:  # what a site sends must never end the run
+        log.exception("an answer of %s cannot be read", site)
+        return Answer("refused", "its answer cannot be read")
+
+
+def other_grids(answers: Mapping[str, Answer]) -> dict[str, str]:
+    """Return the reason by site for counts that are of slices of another size than most.
+
+    All sites prepare slices on the grid of one network, so pixels of a slice are equal.
+    """
+    sizes = {
+        site: sum(answer.classes.pixels) // answer.slices
+        for site, answer in sorted(answers.items())
+        if answer.classes
+    }
+    if not sizes:
+        return {}
+    usual = max(sizes.values(), key=lambda size: (list(sizes.values()).count(size), -size))
+    return {
+        site: f"pixels of a slice: expected {usual} as at most sites, got {size}"
+        for site, size in sizes.items()
+        if size != usual
+    }
+
+
+def _classes(reply: StatisticsReply, plan: AdaptationPlan) -> ClassCounts:
+    channels, size = len(plan.labels) + 1, sum(reply.class_pixels) // reply.slices
+    lengths = (len(reply.class_pixels), len(reply.class_slices))
+    if lengths != (channels, channels):
+        msg = f"counts: expected pixels and slices of {channels} channels, got {lengths}"
+        raise StateError(msg)
+    if size == 0 or sum(reply.class_pixels) != size * reply.slices:
+        got = f"{sum(reply.class_pixels)} pixels in {reply.slices} slices"
+        msg = f"counts: expected slices of one size with a channel for each pixel, got {got}"
+        raise StateError(msg)
+    for channel, (pixels, slices) in enumerate(
+        zip(reply.class_pixels, reply.class_slices, strict=True)
+    ):
+        if not slices <= pixels <= slices * size or slices > reply.slices:
+            got = f"{pixels} pixels in {slices} slices"
+            msg = f"counts: channel {channel} cannot have {got} of {reply.slices}"
+            raise StateError(msg)
+    return ClassCounts(tuple(reply.class_pixels), tuple(reply.class_slices))
+
+
+def _moments(content: RecordDict, slices: int, plan: AdaptationPlan, number: int) -> Moments:
+    shape = plan.normalisations[number][0].shape
+    arrays = take_arrays(content, {"mean": shape, "variance": shape}, "float64")
+    mean, variance = arrays["mean"], arrays["variance"]
+    if (variance < 0).any():
+        msg = f"variance: expected values of at least 0, got {variance.min():.3g}"
+        raise StateError(msg)
+    if np.abs(mean).max() > _LARGEST_MEAN or variance.max() > _LARGEST_VARIANCE:
+        got = f"{np.abs(mean).max():.3g} and {variance.max():.3g}"
+        msg = f"expected means and variances that float32 can hold, got up to {got}"
+        raise StateError(msg)
+    return Moments(slices, mean, variance)
