@@ -128,7 +128,7 @@ def fold(weights: Weights, plan: AdaptationPlan, state: State) -> Weights:
         result = base.copy()
         # Summed in float64 and rounded once, without a float64 copy of base or result.
         np.add(base[part], change, out=result[part], dtype=np.float64, casting="unsafe")
-        if target.kind == "variance" and (result < 0).any():
+        if target.kind == "variance" and (result.astype(np.float64) < 0).any():
             msg = f"weight {target.key!r}: expected variances of at least 0 after the change"
             raise StateError(msg)
         folded[target.key] = result
