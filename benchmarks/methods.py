@@ -1,6 +1,6 @@
 """Every adaptation method on real images, next to training from scratch and full fine-tuning.
 
-Run: python benchmarks/methods.py --run DIR [--data FOLDER] [--quick] [--only WORDS]
+Run: python benchmarks/methods.py --run DIR [--data FOLDER] [--quick] [--rates 1e-3 3e-3 1e-2]
 
 Persons of the hippocampus set (``--data``, else ``hippocampus`` in the folder that the variable
 DAFNE_FEDERATED_TEST_DATA names) are divided once. Those of the base train a network that finds
@@ -55,7 +55,8 @@ def child(folder, name, index):
     from dafne_federated.core.backend import prepare_backend
 
     prepare_backend(1 if name else 0, "cpu")
-    from methods_fits import Design, Shared, run_arm
+    from methods_data import Design, Shared
+    from methods_fits import run_arm
 
     design = json.loads((folder / "design.json").read_text())
     kept = {key: tuple(v) if isinstance(v, list) else v for key, v in design.items()}
@@ -146,7 +147,8 @@ def row(name, lines, scratch):
 
 def table(folder, names):
     """Print what is finished."""
-    from methods_fits import LABELS, read_lines
+    from methods_data import LABELS
+    from methods_fits import read_lines
 
     finished = {}
     for index, name in enumerate(names):
@@ -197,8 +199,8 @@ def estimate(folder, arms, workers, walls):
     first = json.loads((folder / "base.json").read_text())["seconds"] * base * epochs
     slices = (walls[""] - first / base / epochs) * sum(FULL["persons"]) / sum(quick["persons"])
     print(
-        f"estimate for the whole of these arms: at most {(first + slices) / 60:.0f} min for base and "
-        f"slices, {total / workers / 60:.0f} min for the arms, {workers} at a time"
+        f"estimate for the whole of these arms: at most {(first + slices) / 60:.0f} min for base "
+        f"and slices, {total / workers / 60:.0f} min for the arms, {workers} at a time"
     )
 
 
@@ -210,6 +212,7 @@ def main():
     parser.add_argument("--only", nargs="+", help="arms whose names hold one of these words")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--epochs", type=int, help="passes over the training slices")
+    parser.add_argument("--rates", type=float, nargs="+", help="learning rates to choose from")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -219,13 +222,14 @@ def main():
     if not (data / "participants.csv").exists():
         print(f"skipped: no images in {str(data)!r}; give --data or DAFNE_FEDERATED_TEST_DATA")
         return
-    from methods_fits import ARMS, Design
+    from methods_data import Design
+    from methods_fits import ARMS
 
     design = Design(
         data=str(data.resolve()), division=1, batch=8, nth=2, **(QUICK if options.quick else FULL)
     )
-    if options.epochs:
-        design = dataclasses.replace(design, epochs=options.epochs)
+    changes = {"epochs": options.epochs, "rates": options.rates and tuple(options.rates)}
+    design = dataclasses.replace(design, **{name: v for name, v in changes.items() if v})
     options.run.mkdir(parents=True, exist_ok=True)
     kept, text = options.run / "design.json", json.dumps(dataclasses.asdict(design), indent=1)
     if kept.exists() and kept.read_text() != text:
