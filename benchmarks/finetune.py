@@ -78,11 +78,11 @@ def child(options):
     set_seed(options.seed)
     begun = time.perf_counter()
     train = upstream(options) if way == "upstream" else here(options, settings)
-    loaded = time.perf_counter()
+    loaded, busy = time.perf_counter(), time.process_time()
     parts = train()
-    seconds = time.perf_counter() - loaded
+    seconds, busy = time.perf_counter() - loaded, time.process_time() - busy
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"load": loaded - begun, "all": seconds, "peak": peak, **parts}))
+    print(json.dumps({"load": loaded - begun, "all": seconds, "cpu": busy, "peak": peak, **parts}))
 
 
 def labels_of(options):
@@ -177,7 +177,7 @@ def main():
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     print(f"seed {options.seed}, {options.repeats} repeats, {options.threads} threads, load {load}")
     whose = "Dafne's own thigh functions" if options.dafne_models else "our functions"
-    print(f"{whose}, {SLICES} slices of 250 x 250, {EPOCHS} epochs; wall seconds, median (range)")
+    print(f"{whose}, {SLICES} slices of 250 x 250, {EPOCHS} epochs; median (range)")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DAFNE_FEDERATED_HOME"] = str(Path(folder) / "home")
         make_model(Path(folder) / "base.model", options.dafne_models, options.seed)
@@ -185,17 +185,19 @@ def main():
         for _ in range(options.repeats):
             for name in SIDES:
                 found[name].append(run(options, name, Path(folder)))
-    print("| side | seconds | times faster | of it preprocessing | loading before | peak MiB |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| side | wall s | times faster | processor s | times less | preprocessing, wall s "
+        "| loading before, wall s | peak MiB |\n|---|---|---|---|---|---|---|---|"
+    )
     first = next(iter(found.values()))
     for name, rows in found.items():
-        times = [row["all"] for row in rows]
-        faster = statistics.median(
-            one["all"] / other["all"] for one, other in zip(first, rows, strict=True)
-        )
+        cells = []
+        for key in ("all", "cpu"):
+            ratios = [one[key] / other[key] for one, other in zip(first, rows, strict=True)]
+            cells += [cell([row[key] for row in rows]), f"{statistics.median(ratios):.1f}"]
         prepare = [row["prepare"] for row in rows if "prepare" in row]
-        cells = [cell(times), f"{faster:.1f}", cell(prepare) if prepare else ""]
-        cells += [cell([row["load"] for row in rows]), f"{max(row['peak'] for row in rows):.0f}"]
+        cells += [cell(prepare) if prepare else "", cell([row["load"] for row in rows])]
+        cells.append(f"{max(row['peak'] for row in rows):.0f}")
         print(f"| {name} | " + " | ".join(cells) + " |")
         assert all(row["moved"] for row in rows), f"{name} changed nothing"
 
