@@ -66,6 +66,14 @@ def finetune(
         float | None, typer.Option(help="Of Adam at the start of a stage. [0.003]")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Slices in a step. [4]")] = None,
+    statistics: Annotated[
+        str | None,
+        typer.Option(help="Of normalisations: base (default), or pooled: of the training slices."),
+    ] = None,
+    class_weights: Annotated[
+        str | None,
+        typer.Option(help="Label frequency in the loss: case (default), or pooled: of all."),
+    ] = None,
     gate: Annotated[
         str | None, typer.Option(help="validation (default), or none: write in any case.")
     ] = None,
@@ -74,6 +82,9 @@ def finetune(
     ] = "",
     seed: Annotated[int | None, typer.Option(help="All randomness follows from it. [1]")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads, 0 for all cores. [0]")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Convolutions in float32 (default) or bfloat16.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto (default), cpu or gpu.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
@@ -94,12 +105,15 @@ def finetune(
         last=last,
         rank=rank,
         scale=scale,
+        statistics=statistics,
+        class_weights=class_weights,
         learning_rate=learning_rate,
         batch_size=batch_size,
         gate=gate,
         seed=seed,
         threads=threads,
         device=device,
+        precision=precision,
     )
     parts = _shares(shares)
     approvals = Approvals()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dafne_federated.core.adapters import AdaptedNetwork
+from dafne_federated.core.batch_statistics import recalibrate
 from dafne_federated.core.errors import RunError
 from dafne_federated.core.files import arrays_digest
 from dafne_federated.core.fine_tuning_folder import EpochLine, FineTuningFolder, Progress
@@ -24,7 +25,7 @@ from dafne_federated.core.prefix_cache import PrefixCache
 from dafne_federated.core.slices import PreparedSlices, concatenate
 from dafne_federated.core.state import State, initial_state
 from dafne_federated.core.suffix_training import SuffixTraining
-from dafne_federated.core.training import AdapterTraining, Part
+from dafne_federated.core.training import AdapterTraining, Part, slice_dice
 from dafne_federated.core.unfreezing import Stage, part_of, stages
 
 OnEpoch = Callable[[EpochLine], None]
@@ -115,6 +116,8 @@ def fine_tune(
     slices = concatenate([training, *unseen])
     counts = len(training), len(slices) - len(training)
     progress = _progress(tuning, slices, counts, folder)
+    if not progress.lines and tuning.plan.normalisations:
+        progress = _with_statistics(tuning, progress, training, validation)
     with tempfile.TemporaryDirectory(prefix="dafne-federated-") as scratch:
         cache = PrefixCache(folder.features if folder else Path(scratch), _FEATURES_MIB)
         for stage in tuning.stages:
@@ -143,6 +146,22 @@ def _progress(
     return progress
 
 
+def _with_statistics(
+    tuning: FineTuning,
+    progress: Progress,
+    training: PreparedSlices,
+    validation: PreparedSlices | None,
+) -> Progress:
+    """Set stored statistics to those of the training slices; the base is measured before."""
+    model, before = tuning.model, None
+    if validation is not None:
+        before = slice_dice(model.network.predict_on_batch, validation)
+    adapted = AdaptedNetwork(model.network, tuning.plan)
+    start = recalibrate(adapted, model.file.weights, tuning.start, training)
+    adapted.write(tuning.start)  # the network holds the base again, for what is attached next
+    return replace(progress, base_dice=before, state=start, best=start)
+
+
 def _own(stage: Stage, lines: Sequence[EpochLine]) -> list[EpochLine]:
     return [line for line in lines if line.stage == stage.name]
 
@@ -166,20 +185,22 @@ def _train_stage(
     adapted = AdaptedNetwork(tuning.model.network, stage.plan)
     loss = tuning.model.loss
     assert loss is not None  # slices were prepared, so the loss was captured
-    training, batches = SuffixTraining(adapted, loss).on(slices, cache)
+    own = _own(stage, progress.lines)
+    if not own:
+        progress = replace(progress, state=progress.best)
+    adapted.write(part_of(progress.state, stage.plan))  # statistics first: features depend on them
+    suffix = SuffixTraining(adapted, loss, tuning.settings.precision)
+    training, batches = suffix.on(slices, cache)
     features = batches is not slices
     count, others = progress.slices
     to_train, unseen = Part(batches, 0, count), Part(batches, count, others)
-    if own := _own(stage, progress.lines):
-        if own[-1].features != features:
-            msg = "there is no room on the disk for what the frozen layers give; free some"
-            raise RunError(msg)
-        adapted.write(part_of(progress.state, stage.plan))
-        training.set_optimiser(progress.optimiser)
-    else:
-        adapted.write(part_of(progress.best, stage.plan))
+    if not own:
         training.restart()
-        progress = replace(progress, state=progress.best)
+    elif own[-1].features != features:
+        msg = "there is no room on the disk for what the frozen layers give; free some"
+        raise RunError(msg)
+    else:
+        training.set_optimiser(progress.optimiser)
     if progress.base_dice is None and others:
         progress = replace(progress, base_dice=training.dice(unseen))
     settings = tuning.settings
@@ -208,6 +229,7 @@ def _train_stage(
             folder.keep(progress)
         if on_epoch:
             on_epoch(line)
+    adapted.write(part_of(tuning.start, stage.plan))  # the base's statistics, for the next stage
     return progress
 
 

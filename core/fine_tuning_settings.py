@@ -26,9 +26,14 @@ class FineTuningSettings(BaseModel):
         last: Layers that method ``last-k`` trains.
         rank: Rank of the pairs.
         scale: The update of a kernel is scale * a @ b.
+        statistics: ``base`` leaves the stored statistics of normalisations as they are;
+            ``pooled`` sets them, before training, to those of the training slices.
+        class_weights: How often a label occurs, in the weights of Dafne's loss: ``case`` as
+            Dafne does it, in one case; ``pooled`` in all training slices.
         seed: All randomness follows from it.
         threads: CPU threads of one operation, 0 for all cores.
         device: ``auto``, ``cpu`` or ``gpu``.
+        precision: Of the convolutions in training; see ``SuffixNetwork``.
         gate: ``validation`` writes only what validation persons show to be better than the
             base, where there are any; ``none`` writes in any case.
     """
@@ -51,9 +56,12 @@ class FineTuningSettings(BaseModel):
     last: int = 2
     rank: int = 4
     scale: float = 1.0
+    statistics: Literal["base", "pooled"] = "base"
+    class_weights: Literal["case", "pooled"] = "case"
     seed: int = 1
     threads: int = 0
     device: str = "auto"
+    precision: Literal["float32", "bfloat16"] = "float32"
     gate: str = "validation"
 
     @model_validator(mode="after")

@@ -109,20 +109,25 @@ class RunningModel:
     def prepare_all(
         self, cases: Iterator[Case], classification: str = "", cache: BiasFieldCache | None = None
     ) -> PreparedSlices:
-        """Return the slices of all cases in order.
+        """Return the slices of all cases in order; see ``prepare_each``."""
+        return concatenate(self.prepare_each(cases, classification, cache))
+
+    def prepare_each(
+        self, cases: Iterator[Case], classification: str = "", cache: BiasFieldCache | None = None
+    ) -> list[PreparedSlices]:
+        """Return the slices of each case that has any.
 
         Raises:
             DataError: The training function keeps no slice of any case.
         """
         parts = [self.prepare(case, classification, cache) for case in cases]
-        kept = [part for part in parts if part is not None]
-        if not kept:
+        if not (kept := [part for part in parts if part is not None]):
             msg = (
                 f"no slice of {len(parts)} cases can be trained on; Dafne leaves out slices "
                 f"with fewer than half of the labels {list(self.labels)}"
             )
             raise DataError(msg)
-        return concatenate(kept)
+        return kept
 
     def apply(
         self,
@@ -269,7 +274,8 @@ def _load(file: ModelFile) -> Any:
 
 def _execute(content: dict[str, Any]) -> Any:
     _check_imports()
-    with _one_error("Dafne cannot build this model"), _quiet():
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with quiet, _one_error("Dafne cannot build this model"):
         from dafne_dl.model_loaders import generic_load_model
 
         return generic_load_model(content, install_deps=False)
@@ -342,9 +348,3 @@ def _label_names(file: ModelFile) -> tuple[str, ...]:
         msg = f"its training function has other labels than its apply function: {learned}, {labels}"
         raise ModelFileError(msg)
     return tuple(labels[channel] for channel in sorted(labels))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield

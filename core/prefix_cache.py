@@ -8,6 +8,7 @@ of the operating system, so they may be larger than memory.
 import contextlib
 import json
 import logging
+import math
 import mmap
 import os
 import shutil
@@ -28,9 +29,9 @@ from dafne_federated.core.suffix_network import SuffixNetwork
 log = logging.getLogger(__name__)
 
 # Raise when the way features are computed or stored changes, so that old files are not used.
-_VERSION = 1
+_VERSION = 2
 _MIB = 2**20
-# Slices that the prefix computes at once.
+# The most slices that the prefix computes at once.
 _TOGETHER = 4
 
 
@@ -123,9 +124,10 @@ class PrefixCache:
                     files.append(opened.enter_context(_file(temporary, index).open("wb")))
                     header = {"descr": "<f4", "fortran_order": False, "shape": (count, *shape)}
                     np.lib.format.write_array_header_1_0(files[-1], header)
-                for start in range(0, count, _TOGETHER):
-                    # The last few are filled up, so that all batches have one size.
-                    chosen = np.minimum(np.arange(start, start + _TOGETHER), count - 1)
+                # All batches have one size; the last slice fills the last one up.
+                together = math.ceil(count / math.ceil(count / _TOGETHER))
+                for start in range(0, count, together):
+                    chosen = np.minimum(np.arange(start, start + together), count - 1)
                     made = network.features(slices.batch(chosen)[0])
                     for file, feature in zip(files, made, strict=True):
                         file.write(feature[: count - start].astype("<f4", copy=False).tobytes())

@@ -2,7 +2,7 @@
 
 Each stage is an ordinary plan that trains a part of the whole plan's targets, and no stage
 leaves out what an earlier one trained. The first stages lie behind a long frozen prefix, so
-with kept features they cost little.
+with kept features they cost little. Statistics that are set once hold in all stages.
 """
 
 from collections.abc import Iterable
@@ -50,14 +50,17 @@ def stages(
     _, head = split_head(layers)
     last = {key for key, _ in head.weights.values()}
     decoder = {key for layer in layers if layer.decoder for key, _ in layer.weights.values()}
-    everything = {target.key for target in plan.targets}
+    set_once = {target.key for target in plan.targets if not target.trained}
+    everything = {target.key for target in plan.targets if target.trained}
     wanted = [("all", everything)]
     if schedule == "gradual":
         wanted = [("head", last), ("decoder", last | decoder), *wanted]
     found: list[tuple[str, AdaptationPlan]] = []
     for name, keys in wanted:
-        targets = tuple(target for target in plan.targets if target.key in keys)
-        if targets and (not found or len(targets) > len(found[-1][1].targets)):
+        if not keys & everything:
+            continue
+        targets = tuple(target for target in plan.targets if target.key in keys | set_once)
+        if not found or len(targets) > len(found[-1][1].targets):
             found.append((name, plan.model_copy(update={"targets": targets})))
     found = found[-min(epochs, len(found)) :]
     count = len(found)
@@ -67,5 +70,5 @@ def stages(
 
 
 def part_of(state: State, plan: AdaptationPlan) -> State:
-    """Return the arrays of ``state`` that the plan of a stage trains."""
+    """Return the arrays of ``state`` that the plan of a stage holds."""
     return {key: state[key] for key in plan.state_shapes()}

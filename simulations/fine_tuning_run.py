@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dafne_federated.core.adapters import AdaptedNetwork
 from dafne_federated.core.approvals import Approvals
+from dafne_federated.core.class_weights import class_counts, pool_counts, reweighted
 from dafne_federated.core.dataset import CaseRef, DataFolder, load_case, split_persons
 from dafne_federated.core.files import sha256, write_atomic
 from dafne_federated.core.fine_tuning import FineTuned, FineTuning, fine_tune, plan_fine_tuning
@@ -26,7 +27,7 @@ from dafne_federated.core.merged_model import adapted_model
 from dafne_federated.core.model_file import ModelFile, serialise_model
 from dafne_federated.core.model_runtime import RunningModel
 from dafne_federated.core.preprocessing import BiasFieldCache
-from dafne_federated.core.slices import PreparedSlices
+from dafne_federated.core.slices import PreparedSlices, concatenate
 from dafne_federated.core.state import State
 from dafne_federated.core.versions import versions
 from dafne_federated.core.volumes import Case
@@ -114,11 +115,7 @@ def run_fine_tuning(job: FineTuningJob, stages: Stages) -> FineTuningOutcome:
         begun = time.monotonic()
         with stages.stage("Preparing images", len(parts["training"] + parts["validation"])) as done:
             slices = [
-                tuning.model.prepare_all(
-                    _cases(parts[name], job.data, done),
-                    job.classification,
-                    BiasFieldCache(folder.bias_fields),
-                )
+                _prepared(job, tuning, _cases(parts[name], job.data, done), folder)
                 for name in ("training", "validation")
                 if parts[name]
             ]
@@ -174,6 +171,17 @@ def _info(
         versions=versions(),
         command=job.command,
     )
+
+
+def _prepared(
+    job: FineTuningJob, tuning: FineTuning, cases: Iterator[Case], folder: FineTuningFolder
+) -> PreparedSlices:
+    cache = BiasFieldCache(folder.bias_fields)
+    parts = tuning.model.prepare_each(cases, job.classification, cache)
+    if job.settings.class_weights == "pooled":
+        pooled = pool_counts([class_counts(part) for part in parts])
+        parts = [reweighted(part, pooled) for part in parts]
+    return concatenate(parts)
 
 
 def _cases(refs: Sequence[CaseRef], data: DataFolder, done: Advance) -> Iterator[Case]:

@@ -163,6 +163,45 @@ def test_the_folded_model_computes_what_was_validated(gradual: Any, tmp_path: Pa
     assert np.abs(after - adapted.predict(inputs)).max() > 0.01
 
 
+def test_statistics_are_set_once_and_hold_in_all_stages(
+    tune: Any, gradual: Any, trained: Any, tmp_path: Path
+) -> None:
+    settings = GRADUAL.model_copy(update={"statistics": "pooled"})
+
+    def stop(line: EpochLine) -> None:
+        if line.epoch == 3:
+            raise StoppedError
+
+    folder = FineTuningFolder(tmp_path)
+    with pytest.raises(StoppedError):
+        tune(settings, folder, stop)
+    halfway = folder.progress().state
+    _, resumed = tune(settings, folder)
+    tuning, whole = tune(settings)
+    assert same_bits(resumed.state, whole.state)
+    set_once = tuning.plan.state_shapes(trained=False)
+    assert len(set_once) == 2 * len(tuning.plan.normalisations) > 0
+    for key in set_once:
+        np.testing.assert_array_equal(halfway[key], whole.state[key])
+    assert any(np.abs(whole.state[key]).max() > 1e-3 for key in set_once)
+    # The gate compares with the base as it is, not with the one that was mended.
+    assert whole.progress.base_dice == pytest.approx(gradual[1].progress.base_dice, abs=1e-3)
+    folded = adapted_model(tuning.model.file, tuning.plan, whole.state, 1)
+    own = RunningModel(read_model(trained.path), trained.approvals)
+    own.network.set_weights([folded.weights[key] for key in sorted(folded.weights)])
+    adapted = AdaptedNetwork(tuning.model.network, tuning.plan)  # it holds the base again
+    adapted.write(whole.state)
+    inputs = np.random.default_rng(0).normal(100, 30, size=(2, 40, 40, 2)).astype(np.float32)
+    after = np.asarray(own.network.predict_on_batch(inputs))
+    np.testing.assert_allclose(after, adapted.predict(inputs), atol=1e-5)
+
+
+def test_convolutions_in_bfloat16_end_nearby(tune: Any, gradual: Any) -> None:
+    _, tuned = tune(GRADUAL.model_copy(update={"precision": "bfloat16"}))
+    assert not same_bits(tuned.state, gradual[1].state)
+    assert tuned.dice == pytest.approx(gradual[1].dice, abs=0.05)
+
+
 def test_without_validation_slices_the_last_epoch_counts(tune: Any) -> None:
     settings = FineTuningSettings(epochs=3, patience=1, layers="decoder", device="cpu", threads=2)
     _, tuned = tune(settings, validation=())

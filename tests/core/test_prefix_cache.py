@@ -70,7 +70,9 @@ def test_each_slice_gets_its_own_features_and_targets(
     for made, kept in zip(features, cached.features, strict=True):
         np.testing.assert_array_equal(np.asarray(made), kept[chosen])
     np.testing.assert_array_equal(targets, slices.batch(chosen)[1])
-    assert set(network.batches) == {4}
+    assert len(set(network.batches)) == 1  # one size, so one compiled function
+    assert max(network.batches) <= 4
+    assert count <= sum(network.batches) < count + len(network.batches)
 
 
 def test_features_are_computed_once(tmp_path: Path, network: Network) -> None:
@@ -156,7 +158,7 @@ def test_what_was_not_used_for_the_longest_time_makes_room(
     cache.slices(big, sets[2])  # type: ignore[arg-type]
     assert {path.name for path in tmp_path.iterdir()} == {names[0], names[2]}
     cache.slices(big, sets[1])  # type: ignore[arg-type]
-    assert big.batches == [4, 4, 4, 4]
+    assert big.batches == [2, 2, 2, 2]
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "other shape"])
