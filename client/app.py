@@ -16,6 +16,7 @@ from dafne_federated.client.site_settings import site_of
 from dafne_federated.core.errors import ApprovalError, MessageError, StateError
 from dafne_federated.core.files import sha256
 from dafne_federated.core.plan import AdaptationPlan
+from dafne_federated.core.state import without_factors
 from dafne_federated.core.versions import software_version
 from dafne_federated.core.wire import (
     BaseModelBytes,
@@ -97,7 +98,8 @@ def _round(message: Message, context: Context, train: bool) -> Message:
     def act(site: Site) -> RecordDict:
         request = RoundRequest.from_record(message.content)
         plan = site.agreed_plan(request.run, request.plan_digest, request.base_digest)
-        state = take_state(message.content, plan)
+        state, rule = take_state(message.content, plan), request.rule
+        state = site.start(request.run, plan, state, request.round, rule)
         begun = time.monotonic()
         dice, counts = dice_by_label(plan, site.evaluate(plan, state))
         fields: dict[str, object] = {
@@ -116,14 +118,20 @@ def _round(message: Message, context: Context, train: bool) -> Message:
             request.learning_rate,
             request.seed,
             request.round,
+            rule.trained,
         )
+        if rule.personal:
+            name = site.settings.name
+            site.cache.keep_personal(request.run, name, plan, request.round, state)
         fields |= {
             "training_cases": len(site.settings.training),
             "training_slices": slices,
             "loss": result.loss,
             "seconds": result.seconds,
         }
-        return _round_reply(request, site, "ok", "", fields).to_record(state)
+        return _round_reply(request, site, "ok", "", fields).to_record(
+            without_factors(state, rule.absent)
+        )
 
     return _answer(message, context, act, respond)
 

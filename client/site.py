@@ -25,6 +25,7 @@ from dafne_federated.core.prefix_cache import PrefixCache
 from dafne_federated.core.preprocessing import BiasFieldCache
 from dafne_federated.core.slices import PreparedSlices, concatenate
 from dafne_federated.core.state import State, state_rank
+from dafne_federated.core.strategy_table import Factors, RoundRule
 from dafne_federated.core.suffix_training import SuffixTraining
 from dafne_federated.core.training import TrainingResult
 from dafne_federated.core.volumes import Case
@@ -39,6 +40,7 @@ class Engine:
     model: RunningModel
     adapted: AdaptedNetwork
     training: SuffixTraining | None = None
+    trained: Factors = "both"
 
 
 @dataclass
@@ -121,6 +123,16 @@ class Site:
             )
         return rows
 
+    def start(
+        self, run: str, plan: AdaptationPlan, state: State, number: int, rule: RoundRule
+    ) -> State:
+        """Return what came, with the factors that are this site's own where it has some."""
+        ends = tuple(f"/{part}" for part in rule.personal)
+        own = self.cache.personal(run, self.settings.name, plan, number) if ends else None
+        if own is None or state_rank(plan, own) != state_rank(plan, state):
+            return state
+        return {key: own[key] if key.endswith(ends) else value for key, value in state.items()}
+
     def train(
         self,
         plan: AdaptationPlan,
@@ -130,6 +142,7 @@ class Site:
         learning_rate: float,
         seed: int,
         number: int,
+        trained: Factors = "both",
     ) -> tuple[State, TrainingResult, int]:
         """Train from ``state`` on the site's cases.
 
@@ -141,6 +154,7 @@ class Site:
             learning_rate: Of Adam.
             seed: Seed of the run; the order of slices follows from it, site and round.
             number: The round.
+            trained: The factors of low-rank pairs that move.
 
         Returns:
             The state afterwards, what training did, and the number of slices.
@@ -153,8 +167,10 @@ class Site:
             raise ApprovalError(msg)
         engine = self.engine(plan, state_rank(plan, state))
         slices = self._slices(engine)
-        if engine.training is None:
+        if engine.training is None or engine.trained != trained:
+            engine.adapted.train_factors(trained)
             engine.training = SuffixTraining(engine.adapted, self._loss(engine))
+            engine.trained = trained
         engine.adapted.write(state)
         order = zlib.crc32(f"{seed}/{self.settings.name}/{number}".encode())
         set_seed(seed, self.settings.name, number)

@@ -5,8 +5,9 @@ Everything here is numpy: it needs neither TensorFlow nor the model's code.
 
 import io
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from dafne_federated.core.model_file import Weights
 from dafne_federated.core.plan import AdaptationPlan, Target
 
 State = dict[str, npt.NDArray[np.float32]]
+Value = TypeVar("Value")
 
 
 def initial_state(plan: AdaptationPlan, seed: int, rank: int | None = None) -> State:
@@ -42,8 +44,17 @@ def initial_state(plan: AdaptationPlan, seed: int, rank: int | None = None) -> S
     return state
 
 
-def check_state(plan: AdaptationPlan, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
+def check_state(
+    plan: AdaptationPlan,
+    state: Mapping[str, npt.NDArray[np.generic]],
+    absent: Collection[str] = (),
+) -> None:
     """Check that ``state`` is a complete, finite state of ``plan`` at one rank within bounds.
+
+    Args:
+        plan: What is trained.
+        state: The arrays.
+        absent: Factors, ``a`` or ``b``, that must not be there.
 
     Raises:
         StateError: A name is missing or unknown, or a shape, dtype or value is wrong.
@@ -52,7 +63,7 @@ def check_state(plan: AdaptationPlan, state: Mapping[str, npt.NDArray[np.generic
     if rank > plan.max_rank:
         msg = f"rank: expected at most {plan.max_rank}, got {rank}"
         raise StateError(msg)
-    shapes = plan.state_shapes(rank)
+    shapes = without_factors(plan.state_shapes(rank), absent)
     if shapes.keys() != state.keys():
         missing, unknown = (
             sorted(shapes.keys() - state.keys()),
@@ -75,10 +86,17 @@ def check_state(plan: AdaptationPlan, state: Mapping[str, npt.NDArray[np.generic
 def state_rank(plan: AdaptationPlan, state: Mapping[str, npt.NDArray[np.generic]]) -> int:
     """Return the rank of the pairs in ``state``; the plan's own where there are none."""
     for target in plan.targets:
-        factor = state.get(f"{target.key}/a")
-        if target.low_rank and factor is not None and factor.ndim > 0:
-            return max(int(factor.shape[-1]), 1)
+        for part, axis in (("a", -1), ("b", 0)):
+            factor = state.get(f"{target.key}/{part}")
+            if target.low_rank and factor is not None and factor.ndim > 0:
+                return max(int(factor.shape[axis]), 1)
     return plan.rank
+
+
+def without_factors(arrays: Mapping[str, Value], factors: Collection[str]) -> dict[str, Value]:
+    """Return ``arrays`` without those of the named factors, ``a`` or ``b``."""
+    ends = tuple(f"/{factor}" for factor in factors)
+    return {name: value for name, value in arrays.items() if not name.endswith(ends)}
 
 
 def kernel_update(target: Target, a: npt.ArrayLike, b: npt.ArrayLike) -> npt.NDArray[np.float64]:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dafne_federated.core.errors import MessageError
 from dafne_federated.core.plan import Sha256
+from dafne_federated.core.strategy_table import Factors, RoundRule
 
 PROTOCOL = 1
 QUERY_OFFER = "query.offer"
@@ -136,7 +137,8 @@ class BaseReply(WireMessage):
 class RoundRequest(WireMessage):
     """Train from the state that comes along, and evaluate that state first.
 
-    With ``epochs`` 0 the state is only evaluated.
+    With ``epochs`` 0 the state is only evaluated. ``trained`` and ``sent`` say which factors of
+    low-rank pairs move and which come back; see ``core/strategy_table.py``.
     """
 
     protocol: Literal[1] = 1
@@ -148,6 +150,13 @@ class RoundRequest(WireMessage):
     batch_size: int = Field(ge=1)
     learning_rate: float = Field(gt=0)
     seed: int = Field(ge=0)
+    trained: Factors = "both"
+    sent: Factors = "both"
+
+    @property
+    def rule(self) -> RoundRule:
+        """What moves in this round."""
+        return RoundRule(self.trained, self.sent)
 
 
 class RoundReply(WireMessage):

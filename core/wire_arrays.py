@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Collection
 
 import numpy as np
 import numpy.typing as npt
@@ -9,26 +10,32 @@ from flwr.app import Array, ArrayRecord, RecordDict
 
 from dafne_federated.core.errors import MessageError, StateError
 from dafne_federated.core.plan import AdaptationPlan
-from dafne_federated.core.state import State, check_state
+from dafne_federated.core.state import State, check_state, without_factors
 
 # What numpy's file format adds to the values of one array at most, in bytes.
 _HEADER = 1024
 
 
-def take_state(content: RecordDict, plan: AdaptationPlan) -> State:
+def take_state(content: RecordDict, plan: AdaptationPlan, absent: Collection[str] = ()) -> State:
     """Return the checked state that a message carries.
 
     Names, shapes, dtypes and byte counts are compared with the plan before any byte is parsed;
     no pickle is ever read.
 
+    Args:
+        content: The message.
+        plan: What is trained.
+        absent: Factors, ``a`` or ``b``, that do not travel in this message.
+
     Raises:
         StateError: The arrays are not a state of ``plan``.
     """
     record = _record(content)
+    factor, axis = ("/b", 0) if "a" in absent else ("/a", -1)
     ranks = {
-        array.shape[-1]
+        array.shape[axis]
         for name, array in record.items()
-        if name.endswith("/a") and len(array.shape) > 0
+        if name.endswith(factor) and len(array.shape) > 0
     }
     if len(ranks) > 1:
         msg = f"rank: expected one rank in all layers, got {sorted(ranks)}"
@@ -37,7 +44,7 @@ def take_state(content: RecordDict, plan: AdaptationPlan) -> State:
     if not 1 <= rank <= plan.max_rank:
         msg = f"rank: expected 1 to {plan.max_rank}, got {rank}"
         raise StateError(msg)
-    shapes = plan.state_shapes(rank)
+    shapes = without_factors(plan.state_shapes(rank), absent)
     if shapes.keys() != set(record.keys()):
         missing, unknown = (
             sorted(shapes.keys() - record.keys()),
@@ -46,7 +53,7 @@ def take_state(content: RecordDict, plan: AdaptationPlan) -> State:
         msg = f"arrays differ from the plan: missing {missing[:5]}, unknown {unknown[:5]}"
         raise StateError(msg)
     state = {name: _parse(name, record[name], shapes[name]) for name in sorted(shapes)}
-    check_state(plan, state)
+    check_state(plan, state, absent)
     return state
 
 

@@ -12,6 +12,7 @@ from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RoundLine, RunFolder, RunInfo, RunResult
 from dafne_federated.core.settings import RunSettings
 from dafne_federated.core.state import State, fold
+from dafne_federated.core.strategy_table import STRATEGY_TABLE
 
 Scores = dict[str, dict[str, float | None]]
 
@@ -67,6 +68,11 @@ def choose_round(rounds: list[RoundLine], settings: RunSettings) -> tuple[int | 
         rounds: All lines; the last one evaluates the final state.
         settings: Those of the run.
     """
+    if not STRATEGY_TABLE[settings.strategy].common:
+        return None, (
+            f"with strategy {settings.strategy!r} there is no model for everybody: each site has "
+            "its own, in its cache"
+        )
     if settings.gate == "none":
         return rounds[-1].round - 1, "the last round, released without a gate as the settings say"
     base, best, reasons = scores(rounds[0]), None, []

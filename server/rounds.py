@@ -16,6 +16,7 @@ from dafne_federated.core.files import arrays_digest
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RoundLine, RunFolder, RunInfo, SiteRound
 from dafne_federated.core.state import State, initial_state
+from dafne_federated.core.strategy_table import round_rule
 from dafne_federated.core.wire import (
     EVALUATE_STATE,
     TRAIN_ROUND,
@@ -69,6 +70,7 @@ def _round(
 ) -> tuple[RoundLine, State]:
     settings, begun = info.settings, time.monotonic()
     trained = number <= settings.rounds
+    rule = round_rule(settings.strategy, number)
     request = RoundRequest(
         run=info.run,
         round=number,
@@ -78,6 +80,8 @@ def _round(
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate_in(number),
         seed=settings.seed,
+        trained=rule.trained,
+        sent=rule.sent,
     )
     content = request.to_record(array_record(state))
     folder.event("round started", round=number, sites=sorted(members.nodes), trained=trained)
@@ -91,7 +95,7 @@ def _round(
         lambda site: folder.event("site answered", round=number, site=site),
     )
     verdicts = {
-        site: _verdict(site, replies, request, plan, members.cases[site], settings.deadline)
+        site: _verdict(site, replies, request, plan, members.cases[site], settings.deadline, state)
         for site in sorted(members.nodes)
     }
     updates = [verdict.update for verdict in verdicts.values() if verdict.update]
@@ -142,13 +146,14 @@ def _verdict(
     plan: AdaptationPlan,
     max_cases: int,
     deadline: float,
+    sent: State,
 ) -> Verdict:
     if site not in replies:
         return Verdict("silent", f"no answer within {deadline:g} s")
     content = replies[site]
     if content is None:
         return Verdict("failed", "its program ended without an answer")
-    return judge(site, content, request, plan, max_cases)
+    return judge(site, content, request, plan, max_cases, sent)
 
 
 def _site_round(plan: AdaptationPlan, verdict: Verdict, down: int, up: int) -> SiteRound:

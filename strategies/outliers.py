@@ -7,20 +7,19 @@ import numpy as np
 
 from dafne_federated.core.low_rank import product_norm
 from dafne_federated.core.plan import AdaptationPlan
-from dafne_federated.core.state import State
-from dafne_federated.strategies.aggregation import Update
+from dafne_federated.strategies.aggregation import Arrays, Update
 
 
-def update_norm(plan: AdaptationPlan, state: State) -> float:
+def update_norm(plan: AdaptationPlan, state: Arrays) -> float:
     """Return how far ``state`` moves the base: the Frobenius norm over all changed weights.
 
     Low-rank pairs count by their product, which is what they do; two factorisations of the
-    same update have the same norm.
+    same update have the same norm. Where ``b`` stays at the site, ``a`` counts by itself.
     """
     square = 0.0
     for key, array in state.items():
         name, _, part = key.partition("/")
-        if part == "a":
+        if part == "a" and f"{name}/b" in state:
             square += (plan.scale * product_norm((array, state[f"{name}/b"]))) ** 2
         elif part != "b":
             square += float(np.sum(np.square(array, dtype=np.float64)))

@@ -1,14 +1,17 @@
 """Turn a site's reply into an update, or into a reason why it is not one."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 from flwr.app import RecordDict
 
 from dafne_federated.core.errors import DafneFederatedError, StateError
 from dafne_federated.core.plan import AdaptationPlan
+from dafne_federated.core.state import state_rank
 from dafne_federated.core.wire import RoundReply, RoundRequest
 from dafne_federated.core.wire_arrays import take_state
 from dafne_federated.strategies.aggregation import Update
@@ -42,6 +45,7 @@ def judge(
     request: RoundRequest,
     plan: AdaptationPlan,
     max_cases: int,
+    sent: Mapping[str, npt.NDArray[np.float32]] | None = None,
 ) -> Verdict:
     """Check one reply; nothing about it is trusted, and a bad one costs the round nothing.
 
@@ -56,6 +60,8 @@ def judge(
         request: What was asked.
         plan: The plan of the run.
         max_cases: Largest number of training cases that is believed: what the site offered.
+        sent: The state that the site was sent; the update is completed with the factors that
+            stood still in this round.
     """
     try:
         reply = RoundReply.from_record(content)
@@ -77,7 +83,12 @@ def judge(
         if not 0 < reply.training_cases <= max_cases:
             msg = f"training cases: expected 1 to {max_cases}, got {reply.training_cases}"
             raise StateError(msg)
-        state = take_state(content, plan)
+        state = take_state(content, plan, request.rule.absent)
+        ends = tuple(f"/{part}" for part in request.rule.held)
+        held = {name: value for name, value in (sent or {}).items() if name.endswith(ends)}
+        if held and (got := state_rank(plan, state)) != state_rank(plan, held):
+            msg = f"rank: expected {state_rank(plan, held)} as it was sent, got {got}"
+            raise StateError(msg)
         for key, array in state.items():
             if (largest := float(np.abs(array).max(initial=0.0))) > _LARGEST_VALUE:
                 msg = f"array {key!r}: expected values within {_LARGEST_VALUE:g}, got {largest:.3g}"
@@ -87,4 +98,4 @@ def judge(
     except Exception:  # what a site sends must never end the round
         log.exception("a reply of %s cannot be read", site)
         return Verdict("refused", "its reply cannot be read")
-    return Verdict("ok", reply=reply, update=Update(site, state, reply.training_cases))
+    return Verdict("ok", reply=reply, update=Update(site, state | held, reply.training_cases))

@@ -21,7 +21,8 @@ from dafne_federated.core.model_runtime import RunningModel  # noqa: E402
 from dafne_federated.core.new_run import make_plan  # noqa: E402
 from dafne_federated.core.plan import AdaptationPlan  # noqa: E402
 from dafne_federated.core.settings import RunSettings  # noqa: E402
-from dafne_federated.core.state import initial_state, state_bytes  # noqa: E402
+from dafne_federated.core.state import State, initial_state, state_bytes  # noqa: E402
+from dafne_federated.core.strategy_table import RoundRule  # noqa: E402
 from dafne_federated.core.versions import software_version  # noqa: E402
 from dafne_federated.core.wire import (  # noqa: E402
     BaseModelBytes,
@@ -86,7 +87,13 @@ class SiteUnderTest:
         content = BaseModelBytes(run=RUN, base_digest=digest).to_record(arrays)
         return BaseReply.from_record(self.ask(content, "train.base"))
 
-    def round(self, plan: AdaptationPlan, epochs: int = 1, **changes: Any) -> RecordDict:
+    def round(
+        self,
+        plan: AdaptationPlan,
+        epochs: int = 1,
+        state: State | None = None,
+        **changes: Any,
+    ) -> RecordDict:
         request = RoundRequest(
             run=RUN,
             round=1,
@@ -98,7 +105,17 @@ class SiteUnderTest:
             seed=1,
         ).model_copy(update=changes)
         kind = "train.round" if epochs else "evaluate.state"
-        return self.ask(request.to_record(initial_state(plan, 0)), kind)
+        return self.ask(request.to_record(state or initial_state(plan, 0)), kind)
+
+
+def started(plan: AdaptationPlan) -> State:
+    """Return a state in which both factors have a gradient."""
+    generator = np.random.default_rng(0)
+    state = initial_state(plan, 0)
+    return {
+        key: generator.normal(0, 0.02, value.shape).astype("f4") if key.endswith("/b") else value
+        for key, value in state.items()
+    }
 
 
 MakeSite = Callable[..., SiteUnderTest]
@@ -195,6 +212,44 @@ def test_a_round_gives_an_update_and_the_dice_of_what_came(
     assert state_bytes(plan, again) == state_bytes(plan, state)  # same round, same bits
     other = take_state(ready.round(plan, epochs=2, round=2), plan)
     assert state_bytes(plan, other) != state_bytes(plan, state)
+
+
+@pytest.mark.parametrize("moving", ["a", "b"])
+def test_a_round_of_one_factor_moves_and_sends_that_one(
+    ready: SiteUnderTest, plan: AdaptationPlan, moving: str
+) -> None:
+    rule, state = RoundRule(moving, moving), started(plan)
+    content = ready.round(plan, state=state, trained=moving, sent=moving)
+    found = take_state(content, plan, rule.absent)
+    assert {key[-1] for key in found if key[-2:] in ("/a", "/b")} == {moving}
+    assert all((found[key] != state[key]).any() for key in found)
+
+
+def test_a_personal_factor_stays_and_is_used_again(
+    ready: SiteUnderTest, plan: AdaptationPlan
+) -> None:
+    from dafne_federated.core.state import load_state
+
+    def ask(number: int) -> dict[str, Any]:
+        content = ready.round(plan, state=shared, round=number, trained="both", sent="a")
+        return take_state(content, plan, ("b",))
+
+    shared = initial_state(plan, 0)
+    first = ask(1)
+    (kept,) = ready.path.glob("cache/personal/*/clinic/round-0001.npz")
+    own = load_state(kept)[1]
+    assert all(np.array_equal(own[key], first[key]) for key in first)
+    assert any(value.any() for key, value in own.items() if key.endswith("/b"))
+    second = ask(2)
+    again = ask(2)  # the server died before the round ended: it starts where it started
+    assert all(np.array_equal(second[key], again[key]) for key in second)
+    kept.unlink()  # had b not been kept, the round would have gone another way
+    fresh = ask(2)
+    assert any((second[key] != fresh[key]).any() for key in second)
+    ask(3)
+    ask(4)
+    names = sorted(path.name for path in ready.path.glob("cache/personal/*/clinic/*"))
+    assert names == ["round-0003.npz", "round-0004.npz"]
 
 
 def test_evaluation_alone_sends_no_arrays(ready: SiteUnderTest, plan: AdaptationPlan) -> None:

@@ -17,6 +17,7 @@ from dafne_federated.core.files import sha256
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RunFolder, RunInfo
 from dafne_federated.core.settings import RunSettings
+from dafne_federated.core.state import without_factors
 from dafne_federated.core.versions import software_version
 from dafne_federated.core.wire import (
     BaseReply,
@@ -61,9 +62,13 @@ class PretendSite:
         state = take_state(message.content, self.plan)
         # A deterministic "training": a step that follows from site and round.
         generator = np.random.default_rng([len(self.name), ord(self.name[-1]), request.round])
+        held = tuple(f"/{part}" for part in request.rule.held)
         new = {
-            k: v + 0.1 * generator.normal(size=v.shape).astype("float32") for k, v in state.items()
+            k: v if k.endswith(held) else v + step * generator.normal(size=v.shape).astype("f4")
+            for k, v in state.items()
+            for step in (np.float32(0.1),)
         }
+        new = without_factors(new, request.rule.absent)
         level = min(0.5 + 0.05 * request.round, 1.0)
         reply = RoundReply(
             run=request.run,

@@ -9,8 +9,10 @@ from flwr.app import Error, Message, RecordDict
 
 from dafne_federated.core.errors import RunError
 from dafne_federated.core.run_folder import RunFolder
-from dafne_federated.core.state import state_bytes
-from dafne_federated.server.rounds import run_rounds
+from dafne_federated.core.state import state_bytes, without_factors
+from dafne_federated.core.strategy_table import STRATEGY_TABLE, round_rule
+from dafne_federated.server.release import choose_round
+from dafne_federated.server.rounds import first_state, run_rounds
 
 Make = Callable[..., Any]
 
@@ -54,7 +56,10 @@ def test_the_base_goes_down_once_and_later_messages_carry_adapters_only(
             assert 0 < site.bytes_down < 2 * state
 
 
-@pytest.mark.parametrize("strategy", ["product", "factors"])
+WITH_PAIRS = [name for name, rules in STRATEGY_TABLE.items() if rules.pairs != "never"]
+
+
+@pytest.mark.parametrize("strategy", WITH_PAIRS)
 def test_order_of_arrival_does_not_change_a_bit(
     new_run: Make, make_grid: Make, strategy: str
 ) -> None:
@@ -66,14 +71,17 @@ def test_order_of_arrival_does_not_change_a_bit(
     assert len(results) == 1
 
 
-@pytest.mark.parametrize("stopped_in", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("strategy", "stopped_in"),
+    [*(("product", number) for number in (1, 2, 3, 4)), *((name, 3) for name in WITH_PAIRS)],
+)
 def test_a_run_stopped_anywhere_ends_in_the_same_bits(
-    new_run: Make, make_grid: Make, stopped_in: int
+    new_run: Make, make_grid: Make, strategy: str, stopped_in: int
 ) -> None:
-    unbroken = new_run()
+    unbroken = new_run(strategy=strategy)
     run_rounds(make_grid(unbroken), unbroken)
 
-    folder = new_run()
+    folder = new_run(strategy=strategy)
     grid = make_grid(folder)
 
     def stop(message: Message, content: RecordDict) -> RecordDict:
@@ -213,6 +221,34 @@ def test_only_one_process_runs_a_folder(new_run: Make) -> None:
     assert "another process is running the rounds" in done.stderr
     with folder.lock():
         pass
+
+
+@pytest.mark.parametrize("strategy", WITH_PAIRS)
+def test_only_what_the_strategy_moves_moves_and_travels(
+    new_run: Make, make_grid: Make, strategy: str
+) -> None:
+    folder = new_run(strategy=strategy)
+    run_rounds(make_grid(folder), folder)
+    plan, lines = folder.plan(), folder.rounds()
+    before = first_state(folder.info(), plan)
+    for line in lines[:3]:
+        rule, after = round_rule(strategy, line.round), folder.state_after(line.round)
+        for key, value in after.items():
+            if key.endswith("/delta") or key[-1] in rule.sent or rule.sent == "both":
+                assert value.shape != before[key].shape or (value != before[key]).any()
+            else:
+                np.testing.assert_array_equal(value, before[key])
+        up = sum(v.nbytes for v in without_factors(before, rule.absent).values())
+        for site in line.sites.values():
+            assert up < site.bytes_up < up + 8000
+        before = after
+
+
+def test_a_strategy_without_a_common_model_releases_none(new_run: Make, make_grid: Make) -> None:
+    folder = new_run(strategy="shared-a")
+    run_rounds(make_grid(folder), folder)
+    number, reason = choose_round(folder.rounds(), folder.info().settings)
+    assert (number, "no model for everybody" in reason) == (None, True)
 
 
 def test_too_few_updates_end_the_run_with_the_reasons(new_run: Make, make_grid: Make) -> None:
