@@ -56,6 +56,7 @@ def consider_offer(message: Message, context: Context) -> Message:
             "have" if site.cache.has_base(plan.base_digest) else "need",
             training_cases=len(settings.training),
             validation_cases=len(settings.validation),
+            rank=settings.rank,
         )
 
     return _answer(message, context, act, _offer_reply)
@@ -165,6 +166,7 @@ def _offer_reply(
     reason: str = "",
     training_cases: int = 0,
     validation_cases: int = 0,
+    rank: int | None = None,
 ) -> RecordDict:
     return OfferReply.model_validate(
         {
@@ -174,6 +176,7 @@ def _offer_reply(
             "reason": reason,
             "training_cases": training_cases,
             "validation_cases": validation_cases,
+            "rank": rank,
         }
     ).to_record()
 

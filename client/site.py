@@ -72,9 +72,13 @@ class Site:
         """Decide whether this site takes part in a run, and remember its plan.
 
         Raises:
-            ApprovalError: The base is not approved here, or there are too few cases.
+            ApprovalError: The base is not approved here, there are too few cases, or the plan
+                does not allow the site's rank.
         """
         self.require_consent(plan.base_digest)
+        if (self.settings.rank or 0) > plan.max_rank:
+            msg = f"this site trains at rank {self.settings.rank}, the plan allows {plan.max_rank}"
+            raise ApprovalError(msg)
         self.cache.keep_plan(run, plan)
 
     def require_consent(self, base_digest: str) -> None:

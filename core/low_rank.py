@@ -118,6 +118,16 @@ def mean_of_products(pairs: Sequence[Pair], weights: Sequence[float], rank: int)
     return directions(pairs, weights).pair(0, rank)
 
 
+def widen(pair: Pair, rank: int) -> Pair:
+    """Return the same product with zeros behind, up to ``rank``."""
+    a, b = pair
+    more = rank - a.shape[-1]
+    return (
+        np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, more)]),
+        np.pad(b, [(0, more)] + [(0, 0)] * (b.ndim - 1)),
+    )
+
+
 def product_norm(pair: Pair) -> float:
     """Return the Frobenius norm of the product, from the (r, r) Gram matrices.
 

@@ -103,6 +103,8 @@ class RoundLine(BaseModel):
         aggregation_error: See ``strategies.aggregation.Aggregate``; None without training.
         state_digest: SHA-256 of the state after the round.
         seconds: Wall time of the round at the server.
+        whole: Whether every site received the state whole. Else sites of smaller rank measured
+            their own cut of it, and it is not released.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -113,6 +115,7 @@ class RoundLine(BaseModel):
     aggregation_error: float | None
     state_digest: str
     seconds: float
+    whole: bool = True
 
 
 class RunResult(BaseModel):

@@ -39,9 +39,16 @@ def initial_state(plan: AdaptationPlan, seed: int, rank: int | None = None) -> S
     for key, shape in plan.state_shapes(rank).items():
         state[key] = np.zeros(shape, np.float32)
         if key.endswith("/a"):
-            bound = np.sqrt(6.0 / np.prod(shape[:-1]))
-            state[key] = generator.uniform(-bound, bound, shape).astype(np.float32)
+            state[key] = random_factor(generator, shape)
     return state
+
+
+def random_factor(
+    generator: np.random.Generator, shape: tuple[int, ...]
+) -> npt.NDArray[np.float32]:
+    """Return a factor ``a`` that a pair begins with, He-uniform over the inputs of the layer."""
+    bound = np.sqrt(6.0 / np.prod(shape[:-1]))
+    return generator.uniform(-bound, bound, shape).astype(np.float32)
 
 
 def check_state(

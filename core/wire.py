@@ -106,7 +106,10 @@ class Offer(WireMessage):
 
 
 class OfferReply(WireMessage):
-    """A site's answer: it has the base, needs it, or does not take part and says why."""
+    """A site's answer: it has the base, needs it, or does not take part and says why.
+
+    ``rank`` is that of its low-rank pairs, where it chose one of its own.
+    """
 
     protocol: Literal[1] = 1
     software: str = Field(max_length=40)
@@ -115,6 +118,7 @@ class OfferReply(WireMessage):
     reason: Reason = ""
     training_cases: int = Field(ge=0)
     validation_cases: int = Field(ge=0)
+    rank: int | None = Field(default=None, ge=1)
 
 
 class BaseModelBytes(WireMessage):

@@ -78,6 +78,9 @@ def choose_round(rounds: list[RoundLine], settings: RunSettings) -> tuple[int | 
     base, best, reasons = scores(rounds[0]), None, []
     for line in rounds[1:]:
         candidate, number = scores(line), line.round - 1
+        if not line.whole:
+            reasons.append(f"round {number}: sites of smaller rank measured a cut of it")
+            continue
         if reason := why_not(base, candidate, settings.margin):
             reasons.append(f"round {number}: {reason}")
             continue

@@ -8,15 +8,18 @@ run's seed, the site's name and the round.
 import logging
 import time
 import zlib
+from dataclasses import replace
 
 from flwr.serverapp import Grid
 
 from dafne_federated.core.errors import RunError
 from dafne_federated.core.files import arrays_digest
 from dafne_federated.core.plan import AdaptationPlan
+from dafne_federated.core.rank_cut import Cut, Cuts, at_rank, completed, site_ranks
 from dafne_federated.core.run_folder import RoundLine, RunFolder, RunInfo, SiteRound
-from dafne_federated.core.state import State, initial_state
-from dafne_federated.core.strategy_table import round_rule
+from dafne_federated.core.settings import RunSettings
+from dafne_federated.core.state import State, initial_state, state_rank
+from dafne_federated.core.strategy_table import STRATEGY_TABLE, round_rule
 from dafne_federated.core.wire import (
     EVALUATE_STATE,
     TRAIN_ROUND,
@@ -83,11 +86,13 @@ def _round(
         trained=rule.trained,
         sent=rule.sent,
     )
-    content = request.to_record(array_record(state))
+    cuts = _cuts(plan, members, state, settings, number)
+    contents = {r: request.to_record(array_record(cut.state)) for r, cut in cuts.by_rank.items()}
+    sent = {site: contents[rank] for site, rank in cuts.ranks.items()}
     folder.event("round started", round=number, sites=sorted(members.nodes), trained=trained)
     replies = exchange(
         grid,
-        dict.fromkeys(members.nodes, content),
+        sent,
         members.nodes,
         TRAIN_ROUND if trained else EVALUATE_STATE,
         str(number),
@@ -95,7 +100,9 @@ def _round(
         lambda site: folder.event("site answered", round=number, site=site),
     )
     verdicts = {
-        site: _verdict(site, replies, request, plan, members.cases[site], settings.deadline, state)
+        site: _verdict(
+            site, replies, request, plan, members.cases[site], settings.deadline, cuts.of(site)
+        )
         for site in sorted(members.nodes)
     }
     updates = [verdict.update for verdict in verdicts.values() if verdict.update]
@@ -108,7 +115,7 @@ def _round(
             plan,
             verdict,
             # What joining cost is counted with the first round after it.
-            record_bytes(content) + (members.bytes_down[site] if first else 0),
+            record_bytes(sent[site]) + (members.bytes_down[site] if first else 0),
             (record_bytes(answer) if (answer := replies.get(site)) else 0)
             + (members.bytes_up[site] if first else 0),
         )
@@ -135,6 +142,7 @@ def _round(
         aggregation_error=error,
         state_digest=arrays_digest(state),
         seconds=time.monotonic() - begun,
+        whole=cuts.whole,
     )
     return line, state
 
@@ -146,14 +154,30 @@ def _verdict(
     plan: AdaptationPlan,
     max_cases: int,
     deadline: float,
-    sent: State,
+    cut: Cut,
 ) -> Verdict:
     if site not in replies:
         return Verdict("silent", f"no answer within {deadline:g} s")
     content = replies[site]
     if content is None:
         return Verdict("failed", "its program ended without an answer")
-    return judge(site, content, request, plan, max_cases, sent)
+    verdict = judge(site, content, request, plan, max_cases, cut.state)
+    if verdict.update is None or cut.whole:
+        return verdict
+    update = replace(verdict.update, state=completed(dict(verdict.update.state), cut.rest))
+    return replace(verdict, update=update)
+
+
+def _cuts(
+    plan: AdaptationPlan, members: Members, state: State, settings: RunSettings, number: int
+) -> Cuts:
+    """Cut the state to the rank of each site; the last evaluation is of the state itself."""
+    rules, rank = STRATEGY_TABLE[settings.strategy], state_rank(plan, state)
+    if not rules.ranks or number > settings.rounds:
+        return Cuts(dict.fromkeys(members.nodes, rank), {rank: Cut(state, {})})
+    ranks = site_ranks(plan, state, {s: members.ranks[s] for s in members.nodes}, rules.grows)
+    seed = zlib.crc32(f"{settings.seed}/new directions/{number}".encode())
+    return Cuts(ranks, {r: at_rank(plan, state, r, seed) for r in sorted(set(ranks.values()))})
 
 
 def _site_round(plan: AdaptationPlan, verdict: Verdict, down: int, up: int) -> SiteRound:

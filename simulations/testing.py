@@ -19,8 +19,9 @@ from dafne_federated.core.metrics import Agreement, agreement, mean
 from dafne_federated.core.model_file import read_model
 from dafne_federated.core.model_runtime import RunningModel
 from dafne_federated.core.plan import AdaptationPlan
+from dafne_federated.core.rank_cut import at_rank
 from dafne_federated.core.run_folder import RunFolder
-from dafne_federated.core.state import State, load_state, save_state
+from dafne_federated.core.state import State, load_state, save_state, state_rank
 from dafne_federated.core.volumes import orientation
 from dafne_federated.server.rounds import first_state
 from dafne_federated.simulations.comparison import persons_to_show
@@ -129,7 +130,8 @@ def _test_case(
     arms: Mapping[str, Sequence[State]],
 ) -> tuple[list[TestRow], Overlay]:
     case = load_case(ref, images.labels)
-    engine = bench.engine(plan, plan.rank)
+    rank = max(state_rank(plan, state) for states in arms.values() for state in states)
+    engine = bench.engine(plan, rank)
     truth = known_masks(engine.model, case)
     marked = np.sum([mask.sum(axis=(0, 1)) for mask in truth.values()], axis=0)
     index = int(np.argmax(marked))
@@ -138,7 +140,7 @@ def _test_case(
     for arm, states in arms.items():
         measured: list[list[Agreement]] = []
         for state in states:
-            engine.adapted.write(state)
+            engine.adapted.write(at_rank(plan, state, rank, seed=0).state)
             found = engine.model.apply(case, engine.adapted.predict, cache=bench.bias_fields())
             predictions[arm] = label_map(engine.model, found, index)
             measured.append(agreement(case.name, truth, found, case.spacing))
@@ -192,8 +194,9 @@ def release_difference(folder: RunFolder, case: CaseRef, labels: Mapping[int, st
     if slices is None:
         return None
     model = RunningModel(read_model(folder.base), approvals)
-    adapted = AdaptedNetwork(model.network, plan)
-    adapted.write(folder.state_after(result.round or info.settings.rounds))
+    state = folder.state_after(result.round or info.settings.rounds)
+    adapted = AdaptedNetwork(model.network, plan, state_rank(plan, state))
+    adapted.write(state)
     inputs = slices.inputs()[:4]
     after = np.asarray(released.network.predict_on_batch(inputs))
     return float(np.abs(after - adapted.predict(inputs)).max())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dafne_federated.core.low_rank import Pair
+from dafne_federated.core.low_rank import Pair, widen
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.state import State
 
@@ -84,7 +84,7 @@ def combine(
     state = mean_arrays(updates, (name for name in ordered[0].state if name[-2:] not in _FACTORS))
     keys = [target.key for target in plan.targets if target.low_rank]
     ranks = [update.state[f"{key}/a"].shape[-1] for key in keys[:1] for update in ordered]
-    rank = max([plan.rank, *ranks])
+    rank = min(max([plan.rank, *ranks]), plan.max_rank)
     missed, size = 0.0, 0.0
     pairs: dict[str, Pair] = {}
     for key in keys:
@@ -123,16 +123,6 @@ def mean_arrays(updates: Sequence[Update], names: Iterable[str]) -> State:
             else:
                 totals[name] = part
     return {name: total.astype(np.float32) for name, total in totals.items()}
-
-
-def widen(pair: Pair, rank: int) -> Pair:
-    """Return the same product with zeros behind, up to ``rank``."""
-    a, b = pair
-    more = rank - a.shape[-1]
-    return (
-        np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, more)]),
-        np.pad(b, [(0, more)] + [(0, 0)] * (b.ndim - 1)),
-    )
 
 
 _FACTORS = ("/a", "/b")

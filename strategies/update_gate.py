@@ -86,8 +86,8 @@ def judge(
         state = take_state(content, plan, request.rule.absent)
         ends = tuple(f"/{part}" for part in request.rule.held)
         held = {name: value for name, value in (sent or {}).items() if name.endswith(ends)}
-        if held and (got := state_rank(plan, state)) != state_rank(plan, held):
-            msg = f"rank: expected {state_rank(plan, held)} as it was sent, got {got}"
+        if sent and (got := state_rank(plan, state)) != state_rank(plan, sent):
+            msg = f"rank: expected {state_rank(plan, sent)} as it was sent, got {got}"
             raise StateError(msg)
         for key, array in state.items():
             if (largest := float(np.abs(array).max(initial=0.0))) > _LARGEST_VALUE:

@@ -21,7 +21,7 @@ from dafne_federated.core.model_runtime import RunningModel  # noqa: E402
 from dafne_federated.core.new_run import make_plan  # noqa: E402
 from dafne_federated.core.plan import AdaptationPlan  # noqa: E402
 from dafne_federated.core.settings import RunSettings  # noqa: E402
-from dafne_federated.core.state import State, initial_state, state_bytes  # noqa: E402
+from dafne_federated.core.state import State, initial_state, state_bytes, state_rank  # noqa: E402
 from dafne_federated.core.strategy_table import RoundRule  # noqa: E402
 from dafne_federated.core.versions import software_version  # noqa: E402
 from dafne_federated.core.wire import (  # noqa: E402
@@ -186,6 +186,20 @@ def test_offers_that_do_not_fit_are_refused_in_words(
     reply = ready.offer(plan, changes)
     assert reply.status == "refused"
     assert words in reply.reason
+
+
+def test_a_site_trains_at_its_own_rank(
+    make_site: MakeSite, plan: AdaptationPlan, trained: Any
+) -> None:
+    site = make_site(rank=3)
+    site.approvals.add(read_model(trained.path), "test")
+    assert site.offer(plan).rank == 3
+    site.send_base(trained.path.read_bytes(), plan.base_digest)
+    content = site.round(plan, state=initial_state(plan, 0, 3))
+    assert state_rank(plan, take_state(content, plan)) == 3
+    tight = plan.model_copy(update={"max_rank": 2})
+    reply = site.offer(tight, {"plan": tight.to_json()})
+    assert reply.reason == "this site trains at rank 3, the plan allows 2"
 
 
 def test_the_sites_own_limits_hold(make_site: MakeSite, plan: AdaptationPlan, trained: Any) -> None:

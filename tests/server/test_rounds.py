@@ -9,7 +9,7 @@ from flwr.app import Error, Message, RecordDict
 
 from dafne_federated.core.errors import RunError
 from dafne_federated.core.run_folder import RunFolder
-from dafne_federated.core.state import state_bytes, without_factors
+from dafne_federated.core.state import state_bytes, state_rank, without_factors
 from dafne_federated.core.strategy_table import STRATEGY_TABLE, round_rule
 from dafne_federated.server.release import choose_round
 from dafne_federated.server.rounds import first_state, run_rounds
@@ -242,6 +242,37 @@ def test_only_what_the_strategy_moves_moves_and_travels(
         for site in line.sites.values():
             assert up < site.bytes_up < up + 8000
         before = after
+
+
+@pytest.mark.parametrize("strategy", ["product", "stack"])
+def test_each_site_gets_its_own_rank_back(new_run: Make, make_grid: Make, strategy: str) -> None:
+    folder = new_run(strategy=strategy, max_rank=16)
+    grid = make_grid(folder)
+    small, usual, large = grid.sites.values()
+    small.rank, large.rank = 2, 16
+    run_rounds(grid, folder)
+    whole = state_rank(folder.plan(), folder.state_after(3))
+    assert whole == {"product": 16, "stack": 8}[strategy]  # no layer has more than 8 directions
+    assert small.ranks == [2, 2, 2, whole]  # the last message evaluates the state itself
+    assert large.ranks == [16, 16, 16, whole]
+    assert usual.ranks == ([2, 2, 2, whole] if strategy == "product" else [2, 8, 8, whole])
+    lines = folder.rounds()
+    assert [line.whole for line in lines] == [True, False, False, True]
+    number, reason = choose_round(lines, folder.info().settings)
+    assert (number, "no label lost" in reason) == (3, True)  # the one that all measured whole
+
+
+def test_a_rank_that_does_not_fit_is_declined_in_words(new_run: Make, make_grid: Make) -> None:
+    for strategy, rank, words in (
+        ("factors", 3, "strategy 'factors' needs the plan's 2 everywhere; take strategy 'product'"),
+        ("product", 7, "it trains at rank 7, the plan allows at most 6"),
+    ):
+        folder = new_run(strategy=strategy)
+        grid = make_grid(folder)
+        next(iter(grid.sites.values())).rank = rank
+        run_rounds(grid, folder)
+        (members,) = [event for event in folder.events() if event["event"] == "members"]
+        assert words in members["declined"]["site-a"]
 
 
 def test_a_strategy_without_a_common_model_releases_none(new_run: Make, make_grid: Make) -> None:
