@@ -6,6 +6,7 @@ plan.json           the adaptation plan
 rounds.jsonl        one line a round, each whole or absent
 events.jsonl        what happened when, for progress bars and people
 checkpoints/        the state after each round, with its plan
+updates/            what sites sent in the round that is running, removed when it ends
 release/            the `.model` and its side-car, if one was released
 result.json         how the run ended
 """
@@ -13,11 +14,14 @@ result.json         how the run ended
 import contextlib
 import fcntl
 import json
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dafne_federated.core.errors import RunError
@@ -25,6 +29,7 @@ from dafne_federated.core.files import arrays_digest, private_folder, sha256, wr
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.settings import RunSettings
 from dafne_federated.core.state import State, load_state, save_state
+from dafne_federated.core.stored_state import StoredState, keep_arrays
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -71,6 +76,7 @@ class SiteRound(BaseModel):
         dice: Dice of the state that it received, per label; None where not measured.
         dice_cases: Validation cases behind each Dice.
         device: What it ran on.
+        update_norm: How far its update moves the base; see ``strategies/outliers.py``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -87,6 +93,7 @@ class SiteRound(BaseModel):
     dice: dict[str, float | None] = Field(default_factory=dict)
     dice_cases: dict[str, int] = Field(default_factory=dict)
     device: str = ""
+    update_norm: float = 0.0
 
 
 class RoundLine(BaseModel):
@@ -215,6 +222,12 @@ class RunFolder:
         kept = [*(old for old in self.rounds() if old.round < line.round), line]
         text = "".join(f"{entry.model_dump_json()}\n" for entry in kept)
         write_atomic(self.path / "rounds.jsonl", text.encode())
+        shutil.rmtree(self.path / "updates", ignore_errors=True)
+
+    def keep_update(self, site: str, arrays: Mapping[str, npt.NDArray[np.float32]]) -> StoredState:
+        """Put a site's update of the running round on disk and return it from there."""
+        folder = private_folder(self.path / "updates")
+        return keep_arrays(folder / f"{sha256(site.encode())[:32]}.npz", arrays)
 
     def state_after(self, number: int) -> State:
         """Return the state after round ``number``.

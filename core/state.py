@@ -166,10 +166,15 @@ def save_state(path: Path, plan: AdaptationPlan, state: State) -> None:
 def state_bytes(plan: AdaptationPlan, state: State) -> bytes:
     """Return what ``save_state`` writes; equal states give equal bytes."""
     check_state(plan, state)
-    buffer = io.BytesIO()
     text = np.frombuffer(plan.to_json().encode(), np.uint8)
+    return npz_bytes({"plan": text, **dict(sorted(state.items()))})
+
+
+def npz_bytes(arrays: Mapping[str, npt.NDArray[np.generic]]) -> bytes:
+    """Return arrays as an uncompressed ``.npz`` without pickle or times, in their order."""
+    buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for name, array in [("plan", text), *sorted(state.items())]:
+        for name, array in arrays.items():
             member = io.BytesIO()
             np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
             archive.writestr(zipfile.ZipInfo(f"{name}.npy"), member.getvalue())

@@ -71,7 +71,7 @@ def gather(grid: Grid, folder: RunFolder, info: RunInfo, plan: AdaptationPlan) -
     by_number = {f"node {node}": node for node in ids}
     replies = exchange(
         grid, dict.fromkeys(by_number, offer), by_number, QUERY_OFFER, "0", settings.deadline,
-        lambda _: None,
+        lambda _, content: content,
     )  # fmt: skip
     registered = {n.node_id: getattr(n, "name", "") for n in grid.get_nodes()}
     members = Members({}, {}, {}, {}, {}, {})
@@ -137,7 +137,7 @@ def _send_base(
     nodes = {name: members.nodes[name] for name in needing}
     replies = exchange(
         grid, dict.fromkeys(nodes, content), nodes, TRAIN_BASE, "0", info.settings.deadline,
-        lambda _: None,
+        lambda _, content: content,
     )  # fmt: skip
     for name in needing:
         members.bytes_down[name] += record_bytes(content)

@@ -8,14 +8,14 @@ run's seed, the site's name and the round.
 import logging
 import time
 import zlib
-from dataclasses import replace
 
+from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
 from dafne_federated.core.errors import RunError
 from dafne_federated.core.files import arrays_digest
 from dafne_federated.core.plan import AdaptationPlan
-from dafne_federated.core.rank_cut import Cut, Cuts, at_rank, completed, site_ranks
+from dafne_federated.core.rank_cut import Cut, Cuts, at_rank, site_ranks
 from dafne_federated.core.run_folder import RoundLine, RunFolder, RunInfo, SiteRound
 from dafne_federated.core.settings import RunSettings
 from dafne_federated.core.state import State, initial_state, state_rank
@@ -27,11 +27,13 @@ from dafne_federated.core.wire import (
     array_record,
     record_bytes,
 )
-from dafne_federated.server.exchange import Replies, exchange
+from dafne_federated.server.answers import Answer, receive, without_outliers
+from dafne_federated.server.exchange import exchange
 from dafne_federated.server.membership import Members, gather
 from dafne_federated.strategies import STRATEGIES
-from dafne_federated.strategies.outliers import too_large
-from dafne_federated.strategies.update_gate import Verdict, judge
+from dafne_federated.strategies.outliers import update_norm
+from dafne_federated.strategies.robust import ROBUST_RULES
+from dafne_federated.strategies.update_gate import Verdict
 
 log = logging.getLogger(__name__)
 
@@ -90,38 +92,38 @@ def _round(
     contents = {r: request.to_record(array_record(cut.state)) for r, cut in cuts.by_rank.items()}
     sent = {site: contents[rank] for site, rank in cuts.ranks.items()}
     folder.event("round started", round=number, sites=sorted(members.nodes), trained=trained)
-    replies = exchange(
+
+    def take(site: str, content: RecordDict | None) -> Answer:
+        folder.event("site answered", round=number, site=site)
+        cases = members.cases[site]
+        return receive(folder, site, content, request, plan, cases, cuts.of(site))
+
+    got = exchange(
         grid,
         sent,
         members.nodes,
         TRAIN_ROUND if trained else EVALUATE_STATE,
         str(number),
         settings.deadline,
-        lambda site: folder.event("site answered", round=number, site=site),
+        take,
     )
-    verdicts = {
-        site: _verdict(
-            site, replies, request, plan, members.cases[site], settings.deadline, cuts.of(site)
-        )
-        for site in sorted(members.nodes)
-    }
-    updates = [verdict.update for verdict in verdicts.values() if verdict.update]
-    for site, reason in too_large(plan, updates, settings.max_norm_ratio).items():
-        verdicts[site] = Verdict("refused", reason)
-    updates = [verdict.update for verdict in verdicts.values() if verdict.update]
+    silent = Answer(Verdict("silent", f"no answer within {settings.deadline:g} s"))
+    answers = {site: got.get(site, silent) for site in sorted(members.nodes)}
+    known, ratio = update_norm(plan, state), settings.max_norm_ratio
+    answers = without_outliers(answers, known, folder.rounds(), ratio)
+    updates = [answer.verdict.update for answer in answers.values() if answer.verdict.update]
     first = number == joined
     sites = {
         site: _site_round(
             plan,
-            verdict,
+            answer,
             # What joining cost is counted with the first round after it.
             record_bytes(sent[site]) + (members.bytes_down[site] if first else 0),
-            (record_bytes(answer) if (answer := replies.get(site)) else 0)
-            + (members.bytes_up[site] if first else 0),
+            answer.bytes + (members.bytes_up[site] if first else 0),
         )
-        for site, verdict in verdicts.items()
+        for site, answer in answers.items()
     }
-    for site, verdict in verdicts.items():
+    for site, verdict in ((site, answer.verdict) for site, answer in answers.items()):
         if verdict.status != "ok":
             log.warning("round %d: %s: %s: %s", number, site, verdict.status, verdict.reason)
             folder.event("not used", round=number, site=site, reason=verdict.reason)
@@ -132,7 +134,11 @@ def _round(
             got = f"{len(updates)}; {reasons}"
             msg = f"round {number}: expected {settings.min_sites} updates, got {got}"
             raise RunError(msg)
-        aggregate = STRATEGIES[settings.strategy](plan, updates)
+        chosen = ROBUST_RULES[settings.robust](plan, updates, settings.bad_sites)
+        if settings.robust != "none":
+            shares = {update.site: update.share for update in chosen}
+            folder.event("weighed", round=number, rule=settings.robust, shares=shares)
+        aggregate = STRATEGIES[settings.strategy](plan, chosen)
         state, error = aggregate.state, aggregate.error
         log.info("round %d: aggregation error %.2g", number, error)
     line = RoundLine(
@@ -147,27 +153,6 @@ def _round(
     return line, state
 
 
-def _verdict(
-    site: str,
-    replies: Replies,
-    request: RoundRequest,
-    plan: AdaptationPlan,
-    max_cases: int,
-    deadline: float,
-    cut: Cut,
-) -> Verdict:
-    if site not in replies:
-        return Verdict("silent", f"no answer within {deadline:g} s")
-    content = replies[site]
-    if content is None:
-        return Verdict("failed", "its program ended without an answer")
-    verdict = judge(site, content, request, plan, max_cases, cut.state)
-    if verdict.update is None or cut.whole:
-        return verdict
-    update = replace(verdict.update, state=completed(dict(verdict.update.state), cut.rest))
-    return replace(verdict, update=update)
-
-
 def _cuts(
     plan: AdaptationPlan, members: Members, state: State, settings: RunSettings, number: int
 ) -> Cuts:
@@ -180,8 +165,9 @@ def _cuts(
     return Cuts(ranks, {r: at_rank(plan, state, r, seed) for r in sorted(set(ranks.values()))})
 
 
-def _site_round(plan: AdaptationPlan, verdict: Verdict, down: int, up: int) -> SiteRound:
+def _site_round(plan: AdaptationPlan, answer: Answer, down: int, up: int) -> SiteRound:
     fields: dict[str, object] = {}
+    verdict = answer.verdict
     if (reply := verdict.reply) is not None and verdict.status == "ok":
         measured = zip(plan.labels, reply.dice, reply.dice_cases, strict=False)
         rows = [(label, value if count else None, count) for label, value, count in measured]
@@ -192,6 +178,7 @@ def _site_round(plan: AdaptationPlan, verdict: Verdict, down: int, up: int) -> S
             "seconds": reply.seconds,
             "evaluation_seconds": reply.evaluation_seconds,
             "device": reply.device,
+            "update_norm": answer.norm,
             "dice": {label: value for label, value, _ in rows},
             "dice_cases": {label: count for label, _, count in rows},
         }

@@ -1,13 +1,13 @@
 """Updates that are far larger than those of the other sites."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 from dafne_federated.core.low_rank import product_norm
 from dafne_federated.core.plan import AdaptationPlan
-from dafne_federated.strategies.aggregation import Arrays, Update
+from dafne_federated.strategies.aggregation import Arrays
 
 
 def update_norm(plan: AdaptationPlan, state: Arrays) -> float:
@@ -26,17 +26,37 @@ def update_norm(plan: AdaptationPlan, state: Arrays) -> float:
     return float(np.sqrt(square))
 
 
-def too_large(plan: AdaptationPlan, updates: Sequence[Update], ratio: float) -> dict[str, str]:
+def too_large(norms: Mapping[str, float], ratio: float) -> dict[str, str]:
     """Return the reason by site for updates beyond ``ratio`` times the median of all.
 
     With fewer than three sites there is no majority to compare with, and nothing is refused.
     """
-    norms = {update.site: update_norm(plan, update.state) for update in updates}
     if len(norms) < 3:
         return {}
-    limit = ratio * statistics.median(norms.values())
+    return _beyond(norms, dict.fromkeys(norms, statistics.median(norms.values())), ratio, "")
+
+
+def grown_too_fast(
+    norms: Mapping[str, float], before: Mapping[str, float], ratio: float
+) -> dict[str, str]:
+    """Return the reason by site for updates beyond ``ratio`` times what was known of the site.
+
+    Args:
+        norms: Of this round's updates.
+        before: The largest norm so far of the site's own updates and of what it was sent; 0
+            where there is nothing to compare with, and then nothing is refused.
+        ratio: How much larger an update may be.
+    """
+    return _beyond(norms, before, ratio, " after its earlier ones")
+
+
+def _beyond(
+    norms: Mapping[str, float], known: Mapping[str, float], ratio: float, after: str
+) -> dict[str, str]:
     return {
-        site: f"its update is too large: expected a norm of at most {limit:.3g}, got {norm:.3g}"
+        site: f"its update is too large{after}: expected a norm of at most {limit:.3g}, "
+        f"got {norm:.3g}"
         for site, norm in norms.items()
+        for limit in (ratio * known.get(site, 0.0),)
         if norm > limit > 0
     }

@@ -13,6 +13,7 @@ from dafne_federated.core.state import state_bytes, state_rank, without_factors
 from dafne_federated.core.strategy_table import STRATEGY_TABLE, round_rule
 from dafne_federated.server.release import choose_round
 from dafne_federated.server.rounds import first_state, run_rounds
+from dafne_federated.strategies.outliers import update_norm
 
 Make = Callable[..., Any]
 
@@ -180,6 +181,60 @@ def test_an_update_out_of_proportion_is_refused(
     run_rounds(grid, folder)
     assert words in folder.rounds()[0].sites["site-b"].reason
     assert final(folder) == final(alone)
+
+
+def test_a_site_that_suddenly_shouts_is_refused_by_its_own_history(
+    new_run: Make, make_grid: Make
+) -> None:
+    folder = new_run(min_sites=1)  # two sites have no median to be compared with
+    grid = make_grid(folder, "ab")
+
+    def shout(message: Message, content: RecordDict) -> RecordDict:
+        return huge(message, content) if message.metadata.group_id == "2" else content
+
+    list(grid.sites.values())[1].change = shout
+    run_rounds(grid, folder)
+    first, second, third, _ = (line.sites["site-b"] for line in folder.rounds())
+    assert first.status == third.status == "ok"
+    assert "its update is too large after its earlier ones: expected a norm" in second.reason
+    norms = update_norm(folder.plan(), folder.state_after(1))
+    assert first.update_norm == pytest.approx(norms, rel=0.5)
+
+
+@pytest.mark.parametrize("robust", ["clipped", "krum", "multi-krum", "geometric-median"])
+def test_a_robust_rule_is_applied_and_told(new_run: Make, make_grid: Make, robust: str) -> None:
+    folder = new_run(robust=robust, min_sites=5)
+    run_rounds(make_grid(folder, "abcde"), folder)
+    told = [event for event in folder.events() if event["event"] == "weighed"]
+    assert [event["round"] for event in told] == [1, 2, 3]
+    assert [event["rule"] for event in told] == [robust] * 3
+    used = {"krum": 1, "multi-krum": 4}.get(robust, 5)
+    assert [len(event["shares"]) for event in told] == [used] * 3
+    plain = new_run(min_sites=5)
+    run_rounds(make_grid(plain, "abcde"), plain)
+    assert final(folder) != final(plain)
+
+
+def test_updates_lie_in_a_private_folder_until_the_round_ends(
+    new_run: Make, make_grid: Make
+) -> None:
+    folder = new_run()
+    grid = make_grid(folder)
+    seen = []
+
+    def look(message: Message, content: RecordDict) -> RecordDict:
+        if message.metadata.group_id == "2":
+            seen.append((folder.path / "updates").exists())
+        return content
+
+    next(iter(grid.sites.values())).change = look
+    run_rounds(grid, folder)
+    assert seen == [False]  # what round 1 left is gone when round 2 begins
+    assert not (folder.path / "updates").exists()
+    kept = folder.keep_update("../site", {"x": np.zeros(1, np.float32)})
+    assert kept["x"] == 0
+    assert (folder.path / "updates").stat().st_mode & 0o077 == 0
+    assert len(list((folder.path / "updates").glob("*.npz"))) == 1
 
 
 def test_sites_may_change_between_a_stop_and_going_on(new_run: Make, make_grid: Make) -> None:
