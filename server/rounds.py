@@ -98,7 +98,7 @@ def _round(
         cases = members.cases[site]
         return receive(folder, site, content, request, plan, cases, cuts.of(site))
 
-    got = exchange(
+    received = exchange(
         grid,
         sent,
         members.nodes,
@@ -108,7 +108,7 @@ def _round(
         take,
     )
     silent = Answer(Verdict("silent", f"no answer within {settings.deadline:g} s"))
-    answers = {site: got.get(site, silent) for site in sorted(members.nodes)}
+    answers = {site: received.get(site, silent) for site in sorted(members.nodes)}
     known, ratio = update_norm(plan, state), settings.max_norm_ratio
     answers = without_outliers(answers, known, folder.rounds(), ratio)
     updates = [answer.verdict.update for answer in answers.values() if answer.verdict.update]
