@@ -4,6 +4,22 @@ Server and sites read the same table: which factors of the low-rank pairs a site
 round, and which of them it sends. Whole arrays (``delta``, ``scale``) are trained and sent in
 every round. What comes down is always the whole state, so that a site that missed a round, or
 was started again, needs nothing from before.
+
+What combines, as ``check_combination`` and ``server/membership.py`` enforce it:
+
+| strategy    | low-rank pairs | own ranks of sites | robust 'clipped' | release |
+|-------------|----------------|--------------------|------------------|---------|
+| fedavg      | never          | no                 | yes              | yes     |
+| factors     | maybe          | no                 | yes              | yes     |
+| frozen-a    | always         | no                 | yes              | yes     |
+| alternating | always         | no                 | no               | yes     |
+| product     | maybe          | yes                | yes              | yes     |
+| stack       | always         | yes                | yes              | yes     |
+| shared-a    | always         | no                 | no               | no      |
+
+Low-rank pairs come from method 'lora', alone or with others; every other method changes whole
+arrays. The other robust rules choose or weigh updates and go with every strategy. Ranks of
+their own need products to be averaged; a factor that stands still must be the same everywhere.
 """
 
 from dataclasses import dataclass

@@ -127,7 +127,7 @@ def update_gram(plan: AdaptationPlan, updates: Sequence[Update]) -> Wide:
         if part == "a" and f"{key}/b" in updates[0].state:
             others = [update.state[f"{key}/b"] for update in updates]
             gram += plan.scale**2 * product_gram(list(zip(given, others, strict=True)))
-        elif part != "b":
+        elif part in ("a", "delta", "scale"):
             flat = np.stack([array.astype(np.float64).ravel() for array in given])
             gram += flat @ flat.T
     return gram

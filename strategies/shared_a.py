@@ -12,7 +12,9 @@ def shared_a(plan: AdaptationPlan, updates: Sequence[Update]) -> Aggregate:
     """Return the mean of ``a`` and of whole arrays, with ``b`` zero.
 
     Nobody but the sites knows what their updates do, so there is no mean of products and no
-    model for everybody: the state is what they share, each adds its own ``b``.
+    model for everybody: the state is what they share, each adds its own ``b``. A site's own
+    state is complete in its cache (``client/site_cache.py``), and ``dafne-federated merge``
+    makes its own model of it there.
 
     Source:
         FedSA-LoRA, https://arxiv.org/abs/2410.01463.

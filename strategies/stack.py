@@ -14,10 +14,10 @@ def stack(plan: AdaptationPlan, updates: Sequence[Update]) -> Aggregate:
     The stacked factors are compressed to the directions that they really have, which loses
     nothing: equal sites give their own rank, K different ones up to the sum of theirs. The
     base is never changed between rounds; sites get the state at the rank that it has and train
-    all of it. So ranks grow from round to round, up to the plan's ``max_rank`` and no further:
-    there the smallest directions are cut, and the error says how much that was. To see no cut,
-    set ``max-rank`` to the number of sites times the rank, to the power of the rounds if the
-    sites never agree; a rank beyond the smaller side of a layer has no effect on it.
+    all of it. So the rank may grow by the number of sites in every round, up to the plan's
+    ``max_rank`` and no further: there the smallest directions are cut, and the error says how
+    much that was. For a first round without a cut, set ``max-rank`` to the rank times the number
+    of sites; no layer has more directions than its smaller side.
 
     Source:
         FLoRA, https://arxiv.org/abs/2409.05976, whose sites merge the stack into their base

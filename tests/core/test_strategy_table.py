@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from dafne_federated.core import strategy_table
 from dafne_federated.core.errors import SettingsError
 from dafne_federated.core.strategy_table import (
     ROBUST_TABLE,
@@ -53,3 +54,13 @@ def test_what_is_refused_names_a_way_that_is_not(strategy: str, robust: str, pai
 def test_how_many_bad_sites_are_borne() -> None:
     assert [least_sites("krum", bad) for bad in (0, 1, 2)] == [3, 5, 7]
     assert [least_sites("geometric-median", bad) for bad in (0, 1, 2)] == [1, 3, 5]
+
+
+def test_the_printed_table_is_the_enforced_one() -> None:
+    lines = [line for line in (strategy_table.__doc__ or "").splitlines() if line.startswith("| ")]
+    printed = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
+    words = {True: "yes", False: "no"}
+    assert printed == [
+        [name, r.pairs, words[r.ranks], words[r.clipped], words[r.common]]
+        for name, r in STRATEGY_TABLE.items()
+    ]

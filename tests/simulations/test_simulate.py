@@ -29,6 +29,7 @@ from dafne_federated.core.errors import (  # noqa: E402
 from dafne_federated.core.model_file import read_model, write_model  # noqa: E402
 from dafne_federated.core.run_folder import RunFolder  # noqa: E402
 from dafne_federated.core.settings import RunSettings  # noqa: E402
+from dafne_federated.core.state import state_rank  # noqa: E402
 from dafne_federated.server.release import adapted_model  # noqa: E402
 from dafne_federated.simulations.partition import PartitionSettings  # noqa: E402
 from dafne_federated.simulations.preparation import Simulation  # noqa: E402
@@ -129,6 +130,22 @@ def test_the_release_computes_what_was_evaluated(done: RunFolder, squares_folder
     assert kept.difference < 1e-5
     words = "argest difference between the released file and the adapted network"
     assert words in done.report.read_text()
+
+
+@pytest.mark.parametrize("strategy", ["alternating", "stack"])
+def test_the_release_is_what_was_evaluated_at_whatever_rank(
+    run_one: Callable[..., RunFolder], strategy: str
+) -> None:
+    settings = SETTINGS.model_copy(
+        update={"strategy": strategy, "rank": 2, "epochs": 1, "gate": "none"}
+    )
+    folder = run_one(strategy, settings=settings)
+    state = folder.state_after(2)
+    assert state_rank(folder.plan(), state) == {"alternating": 2, "stack": 8}[strategy]
+    kept = load_release_check(folder)
+    assert kept is not None
+    assert kept.difference < 1e-5
+    assert load_test_rows(folder)
 
 
 def test_only_the_planned_weights_differ_from_the_base(done: RunFolder) -> None:
