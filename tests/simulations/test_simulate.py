@@ -18,6 +18,7 @@ import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("backend")]
 
+from dafne_federated.client.site_settings import read_site  # noqa: E402
 from dafne_federated.core.approvals import Approvals  # noqa: E402
 from dafne_federated.core.dataset import open_folder  # noqa: E402
 from dafne_federated.core.errors import (  # noqa: E402
@@ -32,7 +33,11 @@ from dafne_federated.core.settings import RunSettings  # noqa: E402
 from dafne_federated.core.state import state_rank  # noqa: E402
 from dafne_federated.server.release import adapted_model  # noqa: E402
 from dafne_federated.simulations.partition import PartitionSettings  # noqa: E402
-from dafne_federated.simulations.preparation import Simulation  # noqa: E402
+from dafne_federated.simulations.preparation import (  # noqa: E402
+    Simulation,
+    keep_site,
+    prepare,
+)
 from dafne_federated.simulations.progress import Stages  # noqa: E402
 from dafne_federated.simulations.release_check import load_release_check  # noqa: E402
 from dafne_federated.simulations.simulate import simulate  # noqa: E402
@@ -146,6 +151,36 @@ def test_the_release_is_what_was_evaluated_at_whatever_rank(
     assert kept is not None
     assert kept.difference < 1e-5
     assert load_test_rows(folder)
+
+
+def test_sites_of_rank_2_and_16_train_together(
+    tmp_path: Path, trained: Any, squares_folder: Path
+) -> None:
+    Approvals().add(read_model(trained.path), "test")
+    settings = SETTINGS.model_copy(update={"max_rank": 16, "epochs": 1, "gate": "none"})
+    simulation = Simulation(
+        run=tmp_path / "run",
+        data=squares_folder,
+        base=trained.path,
+        settings=settings,
+        local_only=False,
+        partition=PartitionSettings(shares=(2, 1, 1)),
+    )
+    with Stages(quiet=True) as stages:
+        prepare(simulation, stages)
+        for name, rank in (("clinic", 2), ("hospital", 16)):
+            site = read_site(tmp_path / "run" / "sites" / f"{name}.json")
+            keep_site(simulation.run, site.model_copy(update={"rank": rank}))
+        folder = simulate(simulation, stages)
+    lines, plan = folder.rounds(), folder.plan()
+    assert [line.whole for line in lines] == [True, False, True]
+    for line in lines[:2]:
+        small, large = (line.sites[name].bytes_up for name in ("clinic", "hospital"))
+        assert 4 < large / small < 8  # headers of messages and the whole head have no rank
+    assert state_rank(plan, folder.state_after(2)) == 16
+    kept = load_release_check(folder)
+    assert kept is not None
+    assert kept.difference < 1e-5
 
 
 def test_only_the_planned_weights_differ_from_the_base(done: RunFolder) -> None:
