@@ -7,6 +7,7 @@ from typing import TypeVar
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+Replies = dict[str, RecordDict | None]
 Kept = TypeVar("Kept")
 
 

@@ -21,7 +21,7 @@ from dafne_federated.core.wire import (
     array_record,
     record_bytes,
 )
-from dafne_federated.server.exchange import exchange, wait_for_nodes
+from dafne_federated.server.exchange import Replies, exchange, wait_for_nodes
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def gather(grid: Grid, folder: RunFolder, info: RunInfo, plan: AdaptationPlan) -
         plan=plan.to_json(),
     ).to_record()
     by_number = {f"node {node}": node for node in ids}
-    replies = exchange(
+    replies: Replies = exchange(
         grid, dict.fromkeys(by_number, offer), by_number, QUERY_OFFER, "0", settings.deadline,
         lambda _, content: content,
     )  # fmt: skip
