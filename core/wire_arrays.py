@@ -16,7 +16,7 @@ from dafne_federated.core.state import State, check_state, without_factors
 _HEADER = 1024
 
 
-def take_state(content: RecordDict, plan: AdaptationPlan, absent: Collection[str] = ()) -> State:
+def take_state(content: RecordDict, plan: AdaptationPlan, *, absent: Collection[str] = ()) -> State:
     """Return the checked state that a message carries.
 
     Names, shapes, dtypes and byte counts are compared with the plan before any byte is parsed;

@@ -83,7 +83,7 @@ def judge(
         if not 0 < reply.training_cases <= max_cases:
             msg = f"training cases: expected 1 to {max_cases}, got {reply.training_cases}"
             raise StateError(msg)
-        state = take_state(content, plan, request.rule.absent)
+        state = take_state(content, plan, absent=request.rule.absent)
         ends = tuple(f"/{part}" for part in request.rule.held)
         held = {name: value for name, value in (sent or {}).items() if name.endswith(ends)}
         if sent and (got := state_rank(plan, state)) != state_rank(plan, sent):

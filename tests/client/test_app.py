@@ -234,7 +234,7 @@ def test_a_round_of_one_factor_moves_and_sends_that_one(
 ) -> None:
     rule, state = RoundRule(moving, moving), started(plan)
     content = ready.round(plan, state=state, trained=moving, sent=moving)
-    found = take_state(content, plan, rule.absent)
+    found = take_state(content, plan, absent=rule.absent)
     assert {key[-1] for key in found if key[-2:] in ("/a", "/b")} == {moving}
     assert all((found[key] != state[key]).any() for key in found)
 
@@ -246,7 +246,7 @@ def test_a_personal_factor_stays_and_is_used_again(
 
     def ask(number: int) -> dict[str, Any]:
         content = ready.round(plan, state=shared, round=number, trained="both", sent="a")
-        return take_state(content, plan, ("b",))
+        return take_state(content, plan, absent=("b",))
 
     shared = initial_state(plan, 0)
     first = ask(1)
