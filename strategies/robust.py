@@ -14,7 +14,7 @@ import numpy as np
 
 from dafne_federated.core.errors import StateError
 from dafne_federated.core.low_rank import Wide, product_gram
-from dafne_federated.core.plan import AdaptationPlan
+from dafne_federated.core.plan import AdaptationPlan, Target
 from dafne_federated.core.strategy_table import least_sites
 from dafne_federated.strategies.aggregation import Arrays, Update, in_order
 from dafne_federated.strategies.outliers import update_norm
@@ -44,7 +44,7 @@ def clipped(plan: AdaptationPlan, updates: Sequence[Update], _bad: int) -> list[
     norms = {update.site: update_norm(plan, update.state) for update in updates}
     bound = statistics.median(norms.values())
     return [
-        replace(update, state=_scaled(update.state, bound / norms[update.site]))
+        replace(update, state=_scaled(plan, update.state, bound / norms[update.site]))
         if norms[update.site] > bound
         else update
         for update in updates
@@ -121,14 +121,13 @@ def update_gram(plan: AdaptationPlan, updates: Sequence[Update]) -> Wide:
     Low-rank pairs count by their products; where ``b`` stays at the sites, ``a`` counts.
     """
     gram = np.zeros((len(updates), len(updates)))
-    for name in updates[0].state:
-        key, _, part = name.partition("/")
-        given = [update.state[name] for update in updates]
-        if part == "a" and f"{key}/b" in updates[0].state:
-            others = [update.state[f"{key}/b"] for update in updates]
-            gram += plan.scale**2 * product_gram(list(zip(given, others, strict=True)))
-        elif part in ("a", "delta", "scale"):
-            flat = np.stack([array.astype(np.float64).ravel() for array in given])
+    for target in plan.targets:
+        names = [name for name in _names(target) if name in updates[0].state]
+        given = [[update.state[name] for update in updates] for name in names]
+        if len(given) == 2:
+            gram += plan.scale**2 * product_gram(list(zip(*given, strict=True)))
+        elif given:
+            flat = np.stack([array.astype(np.float64).ravel() for array in given[0]])
             gram += flat @ flat.T
     return gram
 
@@ -157,9 +156,13 @@ def _require(updates: Sequence[Update], bad: int, rule: str) -> None:
         raise StateError(msg)
 
 
-def _scaled(state: Arrays, factor: float) -> dict[str, np.ndarray]:
+def _scaled(plan: AdaptationPlan, state: Arrays, factor: float) -> dict[str, np.ndarray]:
+    last = {name for target in plan.targets for name in _names(target)[-1:]}
     small = np.float32(factor)
-    return {
-        name: array * small if name.endswith(("/b", "/delta", "/scale")) else array
-        for name, array in state.items()
-    }
+    return {name: array * small if name in last else array for name, array in state.items()}
+
+
+def _names(target: Target) -> list[str]:
+    """Return the arrays that say how a weight changes; of a pair, ``b`` last."""
+    parts = ["a", "b"] if target.low_rank else [target.kind.partition("-")[0]]
+    return [f"{target.key}/{part}" for part in parts]
