@@ -21,7 +21,8 @@ from dafne_federated.core.model_runtime import RunningModel  # noqa: E402
 from dafne_federated.core.new_run import make_plan  # noqa: E402
 from dafne_federated.core.plan import AdaptationPlan  # noqa: E402
 from dafne_federated.core.settings import RunSettings  # noqa: E402
-from dafne_federated.core.state import initial_state, state_bytes  # noqa: E402
+from dafne_federated.core.state import State, initial_state, state_bytes, state_rank  # noqa: E402
+from dafne_federated.core.strategy_table import RoundRule  # noqa: E402
 from dafne_federated.core.versions import software_version  # noqa: E402
 from dafne_federated.core.wire import (  # noqa: E402
     BaseModelBytes,
@@ -89,7 +90,12 @@ class SiteUnderTest:
         return BaseReply.from_record(self.ask(content, "train.base"))
 
     def round(
-        self, plan: AdaptationPlan, epochs: int = 1, sent: Any = None, **changes: Any
+        self,
+        plan: AdaptationPlan,
+        epochs: int = 1,
+        state: State | None = None,
+        sent_as: Any = None,
+        **changes: Any,
     ) -> RecordDict:
         request = RoundRequest(
             run=RUN,
@@ -102,7 +108,7 @@ class SiteUnderTest:
             seed=1,
         ).model_copy(update=changes)
         kind = "train.round" if epochs else "evaluate.state"
-        arrays = state_record(initial_state(plan, 0), sent or request.wire)
+        arrays = state_record(state or initial_state(plan, 0), sent_as or request.wire)
         return self.ask(request.to_record(arrays), kind)
 
     def statistics(self, plan: AdaptationPlan, what: str, number: int = 0, **more: Any) -> Any:
@@ -117,6 +123,16 @@ class SiteUnderTest:
             }
         )
         return self.ask(request.to_record(array_record(more)), "query.statistics")
+
+
+def started(plan: AdaptationPlan) -> State:
+    """Return a state in which both factors have a gradient."""
+    generator = np.random.default_rng(0)
+    state = initial_state(plan, 0)
+    return {
+        key: generator.normal(0, 0.02, value.shape).astype("f4") if key.endswith("/b") else value
+        for key, value in state.items()
+    }
 
 
 MakeSite = Callable[..., SiteUnderTest]
@@ -189,6 +205,20 @@ def test_offers_that_do_not_fit_are_refused_in_words(
     assert words in reply.reason
 
 
+def test_a_site_trains_at_its_own_rank(
+    make_site: MakeSite, plan: AdaptationPlan, trained: Any
+) -> None:
+    site = make_site(rank=3)
+    site.approvals.add(read_model(trained.path), "test")
+    assert site.offer(plan).rank == 3
+    site.send_base(trained.path.read_bytes(), plan.base_digest)
+    content = site.round(plan, state=initial_state(plan, 0, 3))
+    assert state_rank(plan, take_state(content, plan)) == 3
+    tight = plan.model_copy(update={"max_rank": 2})
+    reply = site.offer(tight, {"plan": tight.to_json()})
+    assert reply.reason == "this site trains at rank 3, the plan allows 2"
+
+
 def test_the_sites_own_limits_hold(make_site: MakeSite, plan: AdaptationPlan, trained: Any) -> None:
     site = make_site(min_cases=3)
     site.approvals.add(read_model(trained.path), "test")
@@ -215,6 +245,44 @@ def test_a_round_gives_an_update_and_the_dice_of_what_came(
     assert state_bytes(plan, other) != state_bytes(plan, state)
 
 
+@pytest.mark.parametrize("moving", ["a", "b"])
+def test_a_round_of_one_factor_moves_and_sends_that_one(
+    ready: SiteUnderTest, plan: AdaptationPlan, moving: str
+) -> None:
+    rule, state = RoundRule(moving, moving), started(plan)
+    content = ready.round(plan, state=state, trained=moving, sent=moving)
+    found = take_state(content, plan, absent=rule.absent)
+    assert {key[-1] for key in found if key[-2:] in ("/a", "/b")} == {moving}
+    assert all((found[key] != state[key]).any() for key in found)
+
+
+def test_a_personal_factor_stays_and_is_used_again(
+    ready: SiteUnderTest, plan: AdaptationPlan
+) -> None:
+    from dafne_federated.core.state import load_state
+
+    def ask(number: int) -> dict[str, Any]:
+        content = ready.round(plan, state=shared, round=number, trained="both", sent="a")
+        return take_state(content, plan, absent=("b",))
+
+    shared = initial_state(plan, 0)
+    first = ask(1)
+    (kept,) = ready.path.glob("cache/personal/*/clinic/round-0001.npz")
+    own = load_state(kept)[1]
+    assert all(np.array_equal(own[key], first[key]) for key in first)
+    assert any(value.any() for key, value in own.items() if key.endswith("/b"))
+    second = ask(2)
+    again = ask(2)  # the server died before the round ended: it starts where it started
+    assert all(np.array_equal(second[key], again[key]) for key in second)
+    kept.unlink()  # had b not been kept, the round would have gone another way
+    fresh = ask(2)
+    assert any((second[key] != fresh[key]).any() for key in second)
+    ask(3)
+    ask(4)
+    names = sorted(path.name for path in ready.path.glob("cache/personal/*/clinic/*"))
+    assert names == ["round-0003.npz", "round-0004.npz"]
+
+
 def test_an_update_comes_in_the_type_that_was_asked_for(
     ready: SiteUnderTest, plan: AdaptationPlan
 ) -> None:
@@ -222,7 +290,7 @@ def test_an_update_comes_in_the_type_that_was_asked_for(
     assert {array.dtype for array in content.array_records["arrays"].values()} == {"float16"}
     take_state(content, plan, "float16")
     for sent, wire in (("float32", "float16"), ("float16", "float32")):
-        reply = RoundReply.from_record(ready.round(plan, sent=sent, wire=wire))
+        reply = RoundReply.from_record(ready.round(plan, sent_as=sent, wire=wire))
         assert reply.status == "refused"
         assert f"{wire}, got" in reply.reason
 

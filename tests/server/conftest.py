@@ -17,6 +17,7 @@ from dafne_federated.core.files import sha256
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RunFolder, RunInfo
 from dafne_federated.core.settings import RunSettings
+from dafne_federated.core.state import state_rank, without_factors
 from dafne_federated.core.versions import software_version
 from dafne_federated.core.wire import (
     BaseReply,
@@ -36,6 +37,8 @@ class PretendSite:
         self.name, self.plan, self.has_base = name, plan, has_base
         self.change: Callable[[Message, RecordDict], Any] = lambda _, content: content
         self.received: list[str] = []
+        self.rank: int | None = None
+        self.ranks: list[int] = []  # of what came
 
     def __call__(self, message: Message) -> Any:
         kind = message.metadata.message_type
@@ -47,6 +50,7 @@ class PretendSite:
                 status="have" if self.has_base else "need",
                 training_cases=3,
                 validation_cases=1,
+                rank=self.rank,
             ).to_record()
         elif kind == "train.base":
             assert take_bytes(message.content, "base", 100) == BASE
@@ -59,11 +63,16 @@ class PretendSite:
     def round(self, message: Message) -> RecordDict:
         request = RoundRequest.from_record(message.content)
         state = take_state(message.content, self.plan, request.wire)
+        self.ranks.append(state_rank(self.plan, state))
         # A deterministic "training": a step that follows from site and round.
         generator = np.random.default_rng([len(self.name), ord(self.name[-1]), request.round])
+        held = tuple(f"/{part}" for part in request.rule.held)
         new = {
-            k: v + 0.1 * generator.normal(size=v.shape).astype("float32") for k, v in state.items()
+            k: v if k.endswith(held) else v + step * generator.normal(size=v.shape).astype("f4")
+            for k, v in state.items()
+            for step in (np.float32(0.1),)
         }
+        new = without_factors(new, request.rule.absent)
         level = min(0.5 + 0.05 * request.round, 1.0)
         reply = RoundReply(
             run=request.run,
@@ -128,7 +137,8 @@ def new_run(tmp_path: Path, small_plan: AdaptationPlan) -> Callable[..., RunFold
     numbers = itertools.count()
 
     def make(**settings: Any) -> RunFolder:
-        plan = small_plan.model_copy(update={"base_digest": sha256(BASE)})
+        bound = {key: settings[key] for key in ("max_rank",) if key in settings}
+        plan = small_plan.model_copy(update={"base_digest": sha256(BASE)} | bound)
         info = RunInfo(
             run="0" * 32,
             created=1_800_000_000,

@@ -9,8 +9,11 @@ from flwr.app import Error, Message, RecordDict
 
 from dafne_federated.core.errors import RunError
 from dafne_federated.core.run_folder import RunFolder
-from dafne_federated.core.state import state_bytes
-from dafne_federated.server.rounds import run_rounds
+from dafne_federated.core.state import state_bytes, state_rank, without_factors
+from dafne_federated.core.strategy_table import STRATEGY_TABLE, round_rule
+from dafne_federated.server.release import choose_round
+from dafne_federated.server.rounds import first_state, run_rounds
+from dafne_federated.strategies.outliers import update_norm
 
 Make = Callable[..., Any]
 
@@ -54,7 +57,10 @@ def test_the_base_goes_down_once_and_later_messages_carry_adapters_only(
             assert 0 < site.bytes_down < 2 * state
 
 
-@pytest.mark.parametrize("strategy", ["product", "factors"])
+WITH_PAIRS = [name for name, rules in STRATEGY_TABLE.items() if rules.pairs != "never"]
+
+
+@pytest.mark.parametrize("strategy", WITH_PAIRS)
 def test_order_of_arrival_does_not_change_a_bit(
     new_run: Make, make_grid: Make, strategy: str
 ) -> None:
@@ -66,14 +72,17 @@ def test_order_of_arrival_does_not_change_a_bit(
     assert len(results) == 1
 
 
-@pytest.mark.parametrize("stopped_in", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("strategy", "stopped_in"),
+    [*(("product", number) for number in (1, 2, 3, 4)), *((name, 3) for name in WITH_PAIRS)],
+)
 def test_a_run_stopped_anywhere_ends_in_the_same_bits(
-    new_run: Make, make_grid: Make, stopped_in: int
+    new_run: Make, make_grid: Make, strategy: str, stopped_in: int
 ) -> None:
-    unbroken = new_run()
+    unbroken = new_run(strategy=strategy)
     run_rounds(make_grid(unbroken), unbroken)
 
-    folder = new_run()
+    folder = new_run(strategy=strategy)
     grid = make_grid(folder)
 
     def stop(message: Message, content: RecordDict) -> RecordDict:
@@ -204,6 +213,60 @@ def test_an_update_out_of_proportion_is_refused(
     assert final(folder) == final(alone)
 
 
+def test_a_site_that_suddenly_shouts_is_refused_by_its_own_history(
+    new_run: Make, make_grid: Make
+) -> None:
+    folder = new_run(min_sites=1)  # two sites have no median to be compared with
+    grid = make_grid(folder, "ab")
+
+    def shout(message: Message, content: RecordDict) -> RecordDict:
+        return huge(message, content) if message.metadata.group_id == "2" else content
+
+    list(grid.sites.values())[1].change = shout
+    run_rounds(grid, folder)
+    first, second, third, _ = (line.sites["site-b"] for line in folder.rounds())
+    assert first.status == third.status == "ok"
+    assert "its update is too large after its earlier ones: expected a norm" in second.reason
+    norms = update_norm(folder.plan(), folder.state_after(1))
+    assert first.update_norm == pytest.approx(norms, rel=0.5)
+
+
+@pytest.mark.parametrize("robust", ["clipped", "krum", "multi-krum", "geometric-median"])
+def test_a_robust_rule_is_applied_and_told(new_run: Make, make_grid: Make, robust: str) -> None:
+    folder = new_run(robust=robust, min_sites=5)
+    run_rounds(make_grid(folder, "abcde"), folder)
+    told = [event for event in folder.events() if event["event"] == "weighed"]
+    assert [event["round"] for event in told] == [1, 2, 3]
+    assert [event["rule"] for event in told] == [robust] * 3
+    used = {"krum": 1, "multi-krum": 4}.get(robust, 5)
+    assert [len(event["shares"]) for event in told] == [used] * 3
+    plain = new_run(min_sites=5)
+    run_rounds(make_grid(plain, "abcde"), plain)
+    assert final(folder) != final(plain)
+
+
+def test_updates_lie_in_a_private_folder_until_the_round_ends(
+    new_run: Make, make_grid: Make
+) -> None:
+    folder = new_run()
+    grid = make_grid(folder)
+    seen = []
+
+    def look(message: Message, content: RecordDict) -> RecordDict:
+        if message.metadata.group_id == "2":
+            seen.append((folder.path / "updates").exists())
+        return content
+
+    next(iter(grid.sites.values())).change = look
+    run_rounds(grid, folder)
+    assert seen == [False]  # what round 1 left is gone when round 2 begins
+    assert not (folder.path / "updates").exists()
+    kept = folder.keep_update("../site", {"x": np.zeros(1, np.float32)})
+    assert kept["x"] == 0
+    assert (folder.path / "updates").stat().st_mode & 0o077 == 0
+    assert len(list((folder.path / "updates").glob("*.npz"))) == 1
+
+
 def test_sites_may_change_between_a_stop_and_going_on(new_run: Make, make_grid: Make) -> None:
     from dafne_federated.core.run_folder import RunFolder as Folder
     from dafne_federated.server.release import provenance
@@ -243,6 +306,65 @@ def test_only_one_process_runs_a_folder(new_run: Make) -> None:
     assert "another process is running the rounds" in done.stderr
     with folder.lock():
         pass
+
+
+@pytest.mark.parametrize("strategy", WITH_PAIRS)
+def test_only_what_the_strategy_moves_moves_and_travels(
+    new_run: Make, make_grid: Make, strategy: str
+) -> None:
+    folder = new_run(strategy=strategy)
+    run_rounds(make_grid(folder), folder)
+    plan, lines = folder.plan(), folder.rounds()
+    before = first_state(folder.info(), plan)
+    for line in lines[:3]:
+        rule, after = round_rule(strategy, line.round), folder.state_after(line.round)
+        for key, value in after.items():
+            if key.endswith("/delta") or key[-1] in rule.sent or rule.sent == "both":
+                assert value.shape != before[key].shape or (value != before[key]).any()
+            else:
+                np.testing.assert_array_equal(value, before[key])
+        up = sum(v.nbytes for v in without_factors(before, rule.absent).values())
+        for site in line.sites.values():
+            assert up < site.bytes_up < up + 8000
+        before = after
+
+
+@pytest.mark.parametrize("strategy", ["product", "stack"])
+def test_each_site_gets_its_own_rank_back(new_run: Make, make_grid: Make, strategy: str) -> None:
+    folder = new_run(strategy=strategy, max_rank=16)
+    grid = make_grid(folder)
+    small, usual, large = grid.sites.values()
+    small.rank, large.rank = 2, 16
+    run_rounds(grid, folder)
+    whole = state_rank(folder.plan(), folder.state_after(3))
+    assert whole == {"product": 16, "stack": 8}[strategy]  # no layer has more than 8 directions
+    assert small.ranks == [2, 2, 2, whole]  # the last message evaluates the state itself
+    assert large.ranks == [16, 16, 16, whole]
+    assert usual.ranks == ([2, 2, 2, whole] if strategy == "product" else [2, 8, 8, whole])
+    lines = folder.rounds()
+    assert [line.whole for line in lines] == [True, False, False, True]
+    number, reason = choose_round(lines, folder.info().settings)
+    assert (number, "no label lost" in reason) == (3, True)  # the one that all measured whole
+
+
+def test_a_rank_that_does_not_fit_is_declined_in_words(new_run: Make, make_grid: Make) -> None:
+    for strategy, rank, words in (
+        ("factors", 3, "strategy 'factors' needs the plan's 2 everywhere; take strategy 'product'"),
+        ("product", 7, "it trains at rank 7, the plan allows at most 6"),
+    ):
+        folder = new_run(strategy=strategy)
+        grid = make_grid(folder)
+        next(iter(grid.sites.values())).rank = rank
+        run_rounds(grid, folder)
+        (members,) = [event for event in folder.events() if event["event"] == "members"]
+        assert words in members["declined"]["site-a"]
+
+
+def test_a_strategy_without_a_common_model_releases_none(new_run: Make, make_grid: Make) -> None:
+    folder = new_run(strategy="shared-a")
+    run_rounds(make_grid(folder), folder)
+    number, reason = choose_round(folder.rounds(), folder.info().settings)
+    assert (number, "no model for everybody" in reason) == (None, True)
 
 
 def test_too_few_updates_end_the_run_with_the_reasons(new_run: Make, make_grid: Make) -> None:

@@ -32,9 +32,14 @@ from dafne_federated.core.merged_model import adapted_model  # noqa: E402
 from dafne_federated.core.model_file import read_model, write_model  # noqa: E402
 from dafne_federated.core.run_folder import RunFolder  # noqa: E402
 from dafne_federated.core.settings import RunSettings  # noqa: E402
+from dafne_federated.core.state import state_rank  # noqa: E402
 from dafne_federated.server.rounds import first_state  # noqa: E402
 from dafne_federated.simulations.partition import PartitionSettings  # noqa: E402
-from dafne_federated.simulations.preparation import Simulation  # noqa: E402
+from dafne_federated.simulations.preparation import (  # noqa: E402
+    Simulation,
+    keep_site,
+    prepare,
+)
 from dafne_federated.simulations.progress import Stages  # noqa: E402
 from dafne_federated.simulations.release_check import load_release_check  # noqa: E402
 from dafne_federated.simulations.simulate import simulate  # noqa: E402
@@ -132,6 +137,52 @@ def test_the_release_computes_what_was_evaluated(done: RunFolder, squares_folder
     assert kept.difference < 1e-5
     words = "argest difference between the released file and the adapted network"
     assert words in done.report.read_text()
+
+
+@pytest.mark.parametrize("strategy", ["alternating", "stack"])
+def test_the_release_is_what_was_evaluated_at_whatever_rank(
+    run_one: Callable[..., RunFolder], strategy: str
+) -> None:
+    settings = SETTINGS.model_copy(
+        update={"strategy": strategy, "rank": 2, "epochs": 1, "gate": "none"}
+    )
+    folder = run_one(strategy, settings=settings)
+    state = folder.state_after(2)
+    assert state_rank(folder.plan(), state) == {"alternating": 2, "stack": 8}[strategy]
+    kept = load_release_check(folder)
+    assert kept is not None
+    assert kept.difference < 1e-5
+    assert load_test_rows(folder)
+
+
+def test_sites_of_rank_2_and_16_train_together(
+    tmp_path: Path, trained: Any, squares_folder: Path
+) -> None:
+    Approvals().add(read_model(trained.path), "test")
+    settings = SETTINGS.model_copy(update={"max_rank": 16, "epochs": 1, "gate": "none"})
+    simulation = Simulation(
+        run=tmp_path / "run",
+        data=squares_folder,
+        base=trained.path,
+        settings=settings,
+        local_only=False,
+        partition=PartitionSettings(shares=(2, 1, 1)),
+    )
+    with Stages(quiet=True) as stages:
+        prepare(simulation, stages)
+        for name, rank in (("clinic", 2), ("hospital", 16)):
+            site = read_site(tmp_path / "run" / "sites" / f"{name}.json")
+            keep_site(simulation.run, site.model_copy(update={"rank": rank}))
+        folder = simulate(simulation, stages)
+    lines, plan = folder.rounds(), folder.plan()
+    assert [line.whole for line in lines] == [True, False, True]
+    for line in lines[:2]:
+        small, large = (line.sites[name].bytes_up for name in ("clinic", "hospital"))
+        assert 4 < large / small < 8  # headers of messages and the whole head have no rank
+    assert state_rank(plan, folder.state_after(2)) == 16
+    kept = load_release_check(folder)
+    assert kept is not None
+    assert kept.difference < 1e-5
 
 
 def test_only_the_planned_weights_differ_from_the_base(done: RunFolder) -> None:
