@@ -9,10 +9,9 @@ from flwr.app import Error, Message, RecordDict
 
 from dafne_federated.core.errors import RunError
 from dafne_federated.core.run_folder import RunFolder
-from dafne_federated.core.state import state_bytes, state_rank, without_factors
-from dafne_federated.core.strategy_table import STRATEGY_TABLE, round_rule
-from dafne_federated.server.release import choose_round
-from dafne_federated.server.rounds import first_state, run_rounds
+from dafne_federated.core.state import state_bytes
+from dafne_federated.core.strategy_table import STRATEGY_TABLE
+from dafne_federated.server.rounds import run_rounds
 from dafne_federated.strategies.outliers import update_norm
 
 Make = Callable[..., Any]
@@ -306,65 +305,6 @@ def test_only_one_process_runs_a_folder(new_run: Make) -> None:
     assert "another process is running the rounds" in done.stderr
     with folder.lock():
         pass
-
-
-@pytest.mark.parametrize("strategy", WITH_PAIRS)
-def test_only_what_the_strategy_moves_moves_and_travels(
-    new_run: Make, make_grid: Make, strategy: str
-) -> None:
-    folder = new_run(strategy=strategy)
-    run_rounds(make_grid(folder), folder)
-    plan, lines = folder.plan(), folder.rounds()
-    before = first_state(folder.info(), plan)
-    for line in lines[:3]:
-        rule, after = round_rule(strategy, line.round), folder.state_after(line.round)
-        for key, value in after.items():
-            if key.endswith("/delta") or key[-1] in rule.sent or rule.sent == "both":
-                assert value.shape != before[key].shape or (value != before[key]).any()
-            else:
-                np.testing.assert_array_equal(value, before[key])
-        up = sum(v.nbytes for v in without_factors(before, rule.absent).values())
-        for site in line.sites.values():
-            assert up < site.bytes_up < up + 8000
-        before = after
-
-
-@pytest.mark.parametrize("strategy", ["product", "stack"])
-def test_each_site_gets_its_own_rank_back(new_run: Make, make_grid: Make, strategy: str) -> None:
-    folder = new_run(strategy=strategy, max_rank=16)
-    grid = make_grid(folder)
-    small, usual, large = grid.sites.values()
-    small.rank, large.rank = 2, 16
-    run_rounds(grid, folder)
-    whole = state_rank(folder.plan(), folder.state_after(3))
-    assert whole == {"product": 16, "stack": 8}[strategy]  # no layer has more than 8 directions
-    assert small.ranks == [2, 2, 2, whole]  # the last message evaluates the state itself
-    assert large.ranks == [16, 16, 16, whole]
-    assert usual.ranks == ([2, 2, 2, whole] if strategy == "product" else [2, 8, 8, whole])
-    lines = folder.rounds()
-    assert [line.whole for line in lines] == [True, False, False, True]
-    number, reason = choose_round(lines, folder.info().settings)
-    assert (number, "no label lost" in reason) == (3, True)  # the one that all measured whole
-
-
-def test_a_rank_that_does_not_fit_is_declined_in_words(new_run: Make, make_grid: Make) -> None:
-    for strategy, rank, words in (
-        ("factors", 3, "strategy 'factors' needs the plan's 2 everywhere; take strategy 'product'"),
-        ("product", 7, "it trains at rank 7, the plan allows at most 6"),
-    ):
-        folder = new_run(strategy=strategy)
-        grid = make_grid(folder)
-        next(iter(grid.sites.values())).rank = rank
-        run_rounds(grid, folder)
-        (members,) = [event for event in folder.events() if event["event"] == "members"]
-        assert words in members["declined"]["site-a"]
-
-
-def test_a_strategy_without_a_common_model_releases_none(new_run: Make, make_grid: Make) -> None:
-    folder = new_run(strategy="shared-a")
-    run_rounds(make_grid(folder), folder)
-    number, reason = choose_round(folder.rounds(), folder.info().settings)
-    assert (number, "no model for everybody" in reason) == (None, True)
 
 
 def test_too_few_updates_end_the_run_with_the_reasons(new_run: Make, make_grid: Make) -> None:
