@@ -2,8 +2,9 @@
 
 Server and sites read the same table: which factors of the low-rank pairs a site trains in a
 round, and which of them it sends. Whole arrays (``delta``, ``scale``) are trained and sent in
-every round. What comes down is always the whole state, so that a site that missed a round, or
-was started again, needs nothing from before.
+every round; stored statistics of normalisations are sent and stay as they are, with every
+strategy. What comes down is always the whole state, so that a site that missed a round, or was
+started again, needs nothing from before.
 
 What combines, as ``check_combination`` and ``server/membership.py`` enforce it:
 
