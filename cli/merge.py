@@ -17,6 +17,7 @@ from dafne_federated.core.model_file import ModelFile, read_model, write_model
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.core.state import load_state
+from dafne_federated.core.strategy_table import STRATEGY_TABLE
 from dafne_federated.core.versions import versions
 from dafne_federated.server.release import provenance
 
@@ -42,6 +43,13 @@ def merge(
     told = None
     if source.is_dir():
         folder = RunFolder(source)
+        strategy = folder.info().settings.strategy
+        if not STRATEGY_TABLE[strategy].common:
+            msg = (
+                f"with strategy {strategy!r} there is no model for everybody; give the newest "
+                "state in 'personal' in the cache of a site, and --base"
+            )
+            raise SettingsError(msg)
         number = _trained_round(folder, number)
         plan, state = folder.plan(), folder.state_after(number)
         told = provenance(folder.info(), plan, folder.rounds(), number)

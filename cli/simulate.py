@@ -13,6 +13,7 @@ from rich.table import Table
 from dafne_federated.cli.simulation_options import read_options
 from dafne_federated.core.backend import prepare_backend
 from dafne_federated.core.methods import METHODS
+from dafne_federated.core.strategy_table import ROBUST_TABLE, STRATEGY_TABLE
 
 
 def simulate(
@@ -41,7 +42,13 @@ def simulate(
     epochs: Annotated[int | None, typer.Option(help="Local epochs in a round. [4]")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of Adam. [0.003]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Slices in a step. [4]")] = None,
-    strategy: Annotated[str | None, typer.Option(help="product or factors. [product]")] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help=f"{', '.join(STRATEGY_TABLE)}. [product]")
+    ] = None,
+    robust: Annotated[str | None, typer.Option(help=f"{', '.join(ROBUST_TABLE)}. [none]")] = None,
+    bad_sites: Annotated[
+        int | None, typer.Option(help="With robust: how many bad sites it bears. [1]")
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option(help=f"{', '.join(METHODS)}; several with + between them. [lora]"),

@@ -16,6 +16,7 @@ from dafne_federated.client.site_settings import site_of
 from dafne_federated.core.errors import ApprovalError, MessageError, StateError
 from dafne_federated.core.files import sha256
 from dafne_federated.core.plan import AdaptationPlan
+from dafne_federated.core.state import without_factors
 from dafne_federated.core.versions import software_version
 from dafne_federated.core.wire import (
     BaseModelBytes,
@@ -57,6 +58,7 @@ def consider_offer(message: Message, context: Context) -> Message:
             "have" if site.cache.has_base(plan.base_digest) else "need",
             training_cases=len(settings.training),
             validation_cases=len(settings.validation),
+            rank=settings.rank,
         )
 
     return _answer(message, context, act, _offer_reply)
@@ -134,7 +136,8 @@ def _round(message: Message, context: Context, train: bool) -> Message:
     def act(site: Site) -> RecordDict:
         request = RoundRequest.from_record(message.content)
         plan = site.agreed_plan(request.run, request.plan_digest, request.base_digest)
-        state = take_state(message.content, plan, request.wire)
+        state, rule = take_state(message.content, plan, request.wire), request.rule
+        state = site.start(request.run, plan, state, request.round, rule)
         begun = time.monotonic()
         dice, counts = dice_by_label(plan, site.evaluate(plan, state))
         fields: dict[str, object] = {
@@ -153,15 +156,19 @@ def _round(message: Message, context: Context, train: bool) -> Message:
             request.learning_rate,
             request.seed,
             request.round,
-            request.classes,
+            trained=rule.trained,
+            classes=request.classes,
         )
+        if rule.personal:
+            name = site.settings.name
+            site.cache.keep_personal(request.run, name, plan, request.round, state)
         fields |= {
             "training_cases": len(site.settings.training),
             "training_slices": slices,
             "loss": result.loss,
             "seconds": result.seconds,
         }
-        arrays = state_record(state, request.wire)
+        arrays = state_record(without_factors(state, rule.absent), request.wire)
         return _round_reply(request, site, "ok", "", fields).to_record(arrays)
 
     return _answer(message, context, act, respond)
@@ -196,6 +203,7 @@ def _offer_reply(
     reason: str = "",
     training_cases: int = 0,
     validation_cases: int = 0,
+    rank: int | None = None,
 ) -> RecordDict:
     return OfferReply.model_validate(
         {
@@ -205,6 +213,7 @@ def _offer_reply(
             "reason": reason,
             "training_cases": training_cases,
             "validation_cases": validation_cases,
+            "rank": rank,
         }
     ).to_record()
 

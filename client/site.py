@@ -28,6 +28,7 @@ from dafne_federated.core.prefix_cache import PrefixCache
 from dafne_federated.core.preprocessing import BiasFieldCache
 from dafne_federated.core.slices import PreparedSlices, concatenate
 from dafne_federated.core.state import State, initial_state, state_rank
+from dafne_federated.core.strategy_table import Factors, RoundRule
 from dafne_federated.core.suffix_training import SuffixTraining
 from dafne_federated.core.training import TrainingResult
 from dafne_federated.core.volumes import Case
@@ -42,6 +43,7 @@ class Engine:
     model: RunningModel
     adapted: AdaptedNetwork
     training: SuffixTraining | None = None
+    trained: Factors = "both"
 
 
 @dataclass
@@ -73,9 +75,13 @@ class Site:
         """Decide whether this site takes part in a run, and remember its plan.
 
         Raises:
-            ApprovalError: The base is not approved here, or there are too few cases.
+            ApprovalError: The base is not approved here, there are too few cases, or the plan
+                does not allow the site's rank.
         """
         self.require_consent(plan.base_digest)
+        if (self.settings.rank or 0) > plan.max_rank:
+            msg = f"this site trains at rank {self.settings.rank}, the plan allows {plan.max_rank}"
+            raise ApprovalError(msg)
         self.cache.keep_plan(run, plan)
 
     def require_consent(self, base_digest: str) -> None:
@@ -124,6 +130,16 @@ class Site:
             )
         return rows
 
+    def start(
+        self, run: str, plan: AdaptationPlan, state: State, number: int, rule: RoundRule
+    ) -> State:
+        """Return what came, with the factors that are this site's own where it has some."""
+        ends = tuple(f"/{part}" for part in rule.personal)
+        own = self.cache.personal(run, self.settings.name, plan, number) if ends else None
+        if own is None or state_rank(plan, own) != state_rank(plan, state):
+            return state
+        return {key: own[key] if key.endswith(ends) else value for key, value in state.items()}
+
     def train(
         self,
         plan: AdaptationPlan,
@@ -133,6 +149,7 @@ class Site:
         learning_rate: float,
         seed: int,
         number: int,
+        trained: Factors = "both",
         classes: ClassCounts | None = None,
     ) -> tuple[State, TrainingResult, int]:
         """Train from ``state`` on the site's cases.
@@ -145,6 +162,7 @@ class Site:
             learning_rate: Of Adam.
             seed: Seed of the run; the order of slices follows from it, site and round.
             number: The round.
+            trained: The factors of low-rank pairs that move.
             classes: Counts of all sites, to weigh labels by; by default those of each case.
 
         Returns:
@@ -158,9 +176,11 @@ class Site:
             raise ApprovalError(msg)
         engine = self.engine(plan, state_rank(plan, state))
         slices = self._slices(engine, classes)
-        if engine.training is None:
+        if engine.training is None or engine.trained != trained:
             precision = self.settings.precision
+            engine.adapted.train_factors(trained)
             engine.training = SuffixTraining(engine.adapted, self._loss(engine), precision)
+            engine.trained = trained
         engine.adapted.write(state)
         order = zlib.crc32(f"{seed}/{self.settings.name}/{number}".encode())
         set_seed(seed, self.settings.name, number)

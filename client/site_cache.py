@@ -1,16 +1,18 @@
 """What a site keeps on disk between messages: bases, plans and prepared slices."""
 
+import contextlib
 import io
 import json
 from pathlib import Path
 
 import numpy as np
 
-from dafne_federated.core.errors import ModelFileError
+from dafne_federated.core.errors import ModelFileError, StateError
 from dafne_federated.core.files import arrays_digest, private_folder, sha256, write_atomic
 from dafne_federated.core.model_file import ModelFile, parse_model
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.slices import PreparedSlices
+from dafne_federated.core.state import State, load_state, save_state
 from dafne_federated.core.volumes import Case
 
 # Raise when the way slices are prepared changes, so that old files are not used.
@@ -60,6 +62,27 @@ class SiteCache:
             return None
         return plan if plan.digest == digest else None
 
+    def personal(self, run: str, site: str, plan: AdaptationPlan, number: int) -> State | None:
+        """Return the newest own state that a site kept before round ``number`` of a run."""
+        for path in sorted(self._personal(run, site, plan), reverse=True):
+            if int(path.stem[-4:]) < number:
+                with contextlib.suppress(StateError):
+                    return load_state(path)[1]
+        return None
+
+    def keep_personal(
+        self, run: str, site: str, plan: AdaptationPlan, number: int, state: State
+    ) -> None:
+        """Keep a site's own state after round ``number``, and the one before it.
+
+        A round whose end the server never saw is asked for again, and starts where it started.
+        """
+        old = [p for p in self._personal(run, site, plan) if int(p.stem[-4:]) < number]
+        for path in sorted(old)[:-1]:
+            path.unlink()
+        folder = self._personal_folder(run, site, plan)
+        save_state(folder / f"round-{number:04d}.npz", plan, state)
+
     def slices_key(self, case: Case, model: ModelFile, classification: str) -> str:
         """Return a digest of everything that the prepared slices of a case depend on."""
         content = {"image": case.image, "spacing": np.array(case.spacing)}
@@ -97,6 +120,12 @@ class SiteCache:
 
     def _plan(self, run: str, digest: str) -> Path:
         return self.folder / "plans" / f"{run}-{digest}.json"
+
+    def _personal_folder(self, run: str, site: str, plan: AdaptationPlan) -> Path:
+        return self.folder / "personal" / f"{run}-{plan.digest[:16]}" / site
+
+    def _personal(self, run: str, site: str, plan: AdaptationPlan) -> list[Path]:
+        return list(self._personal_folder(run, site, plan).glob("round-*.npz"))
 
     def _slices(self, key: str) -> Path:
         return self.folder / "slices" / f"{key}.npz"

@@ -25,6 +25,8 @@ class SiteSettings(BaseModel):
         classification: Class as Dafne names it, e.g. ``Thigh, Left``; empty for most models.
         min_cases: The site takes part only with at least so many training cases.
         max_epochs: Longest training in a round that it agrees to.
+        rank: Rank of its low-rank pairs, within the bound of the plan: less for few cases or a
+            slow line, more for many; by default that of the run.
         share_statistics: Whether numbers about all training slices together may leave the site
             where a run asks for them: for each channel of each normalisation the mean and
             variance of what it is given, how many slices there are, and how many pixels and
@@ -52,6 +54,7 @@ class SiteSettings(BaseModel):
     classification: str = ""
     min_cases: int = Field(default=1, ge=1)
     max_epochs: int = Field(default=1000, ge=1)
+    rank: int | None = Field(default=None, ge=1, le=256)
     share_statistics: bool = True
     threads: int = Field(default=0, ge=0)
     device: str = "auto"

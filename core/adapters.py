@@ -22,6 +22,7 @@ from dafne_federated.core.low_rank_layers import low_rank_call
 from dafne_federated.core.network_layers import Tensor, finish, leaf_layers, roles
 from dafne_federated.core.plan import AdaptationPlan, Target
 from dafne_federated.core.state import State, check_state, state_rank
+from dafne_federated.core.strategy_table import Factors
 
 # Added to each probability before the loss: the logarithm of zero stays finite, and float32
 # has no digits left to show it on anything above 1e-22.
@@ -81,6 +82,14 @@ class AdaptedNetwork:
         self.statistics += bool(moved)
         for key, variable in self.trained.changes.items():
             variable.assign(state[key])
+
+    def train_factors(self, factors: Factors) -> None:
+        """Let training move both factors of low-rank pairs or one; the rest moves always.
+
+        To be called before training is compiled, which looks at it once.
+        """
+        for key, variable in self.trained.changes.items():
+            variable.trainable = key[-2:] not in ("/a", "/b") or factors in ("both", key[-1])
 
     def read(self) -> State:
         """Return the current state, float32, by state key."""

@@ -7,6 +7,7 @@ forms an (m, n) matrix unless its name says so.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -29,19 +30,83 @@ def dense_product(pair: Pair) -> Wide:
     return left @ right
 
 
-def mean_of_products(pairs: Sequence[Pair], weights: Sequence[float], rank: int) -> Pair:
-    """Return the best rank-``rank`` pair for the weighted sum of the products.
+@dataclass(frozen=True)
+class Directions:
+    """A sum of products as its singular value decomposition, without directions that are zero.
 
-    The (m, n) mean is never formed: its column space lies in the stacked left factors and
-    its row space in the stacked right ones, so two thin QR factorisations reduce the problem
-    to a square one of side ``sum(r_k)``. Sums run in float64. The singular values are shared
-    equally between the factors and the sign of each direction is fixed by making the largest
-    entry of its left vector positive, so equal input gives equal bits.
+    Attributes:
+        left: Unit directions (m, r), float64.
+        values: Singular values (r,), falling.
+        right: Unit directions (r, n).
+        shape: Axes of ``a`` without the rank and of ``b`` without the rank.
+    """
+
+    left: Wide
+    values: Wide
+    right: Wide
+    shape: tuple[tuple[int, ...], tuple[int, ...]]
+
+    def pair(self, first: int, end: int) -> Pair:
+        """Return directions ``first`` up to ``end`` as a float32 pair; zeros follow the last.
+
+        The singular values are shared equally between the factors and the sign of each
+        direction is fixed by making the largest entry of its left vector positive, so equal
+        input gives equal bits.
+        """
+        chosen = slice(first, min(end, self.values.size))
+        root = np.sqrt(self.values[chosen])
+        columns, rows = self.left[:, chosen] * root, root[:, None] * self.right[chosen]
+        largest = np.abs(columns).argmax(axis=0)
+        sign = np.where(columns[largest, np.arange(root.size)] < 0, -1.0, 1.0)
+        a = np.zeros((columns.shape[0], end - first), np.float32)
+        b = np.zeros((end - first, rows.shape[1]), np.float32)
+        a[:, : root.size] = columns * sign
+        b[: root.size] = rows * sign[:, None]
+        axes_a, axes_b = self.shape
+        return a.reshape(*axes_a, -1), b.reshape(-1, *axes_b)
+
+    def norm(self, first: int = 0) -> float:
+        """Return the Frobenius norm of what directions ``first`` and later hold."""
+        return float(np.linalg.norm(self.values[first:]))
+
+
+def directions(pairs: Sequence[Pair], weights: Sequence[float]) -> Directions:
+    """Return the directions of the weighted sum of the products.
+
+    The (m, n) sum is never formed: its column space lies in the stacked left factors and its
+    row space in the stacked right ones, so two thin QR factorisations reduce the problem to a
+    square one of side ``sum(r_k)``. All in float64. Directions whose singular value is zero
+    but for rounding are left out, so the stack of equal products has their rank.
 
     Args:
         pairs: K pairs of one layer; ranks may differ, the other axes agree.
         weights: K weights, usually with sum 1.
-        rank: Rank of the result; where the layer allows fewer directions, zeros follow.
+    """
+    flat = [flatten(pair) for pair in pairs]
+    left = np.concatenate([a for a, _ in flat], axis=1)
+    right = np.concatenate([w * b for w, (_, b) in zip(weights, flat, strict=True)], axis=0)
+    q_left, r_left = np.linalg.qr(left)
+    q_right, r_right = np.linalg.qr(right.T)
+    u, s, vt = np.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    # As numpy.linalg.matrix_rank; the scale is that of the stacks, whose products may cancel.
+    scale = np.linalg.norm(r_left) * np.linalg.norm(r_right)
+    rank = int(np.count_nonzero(s > max(left.shape) * np.finfo(np.float64).eps * scale))
+    first_a, first_b = pairs[0]
+    return Directions(
+        q_left @ u[:, :rank],
+        s[:rank],
+        vt[:rank] @ q_right.T,
+        (first_a.shape[:-1], first_b.shape[1:]),
+    )
+
+
+def mean_of_products(pairs: Sequence[Pair], weights: Sequence[float], rank: int) -> Pair:
+    """Return the best rank-``rank`` pair for the weighted sum of the products.
+
+    Args:
+        pairs: K pairs of one layer; ranks may differ, the other axes agree.
+        weights: K weights, usually with sum 1.
+        rank: Rank of the result; where the sum has fewer directions, zeros follow.
 
     Returns:
         A float32 pair shaped like the given ones, with ``rank`` as the rank axis.
@@ -50,24 +115,17 @@ def mean_of_products(pairs: Sequence[Pair], weights: Sequence[float], rank: int)
         The aggregate of FlexLoRA, https://arxiv.org/abs/2402.11505, computed on the stacked
         factors; the cut is the best one by the theorem of Eckart and Young.
     """
-    flat = [flatten(pair) for pair in pairs]
-    left = np.concatenate([a for a, _ in flat], axis=1)
-    right = np.concatenate([w * b for w, (_, b) in zip(weights, flat, strict=True)], axis=0)
-    q_left, r_left = np.linalg.qr(left)
-    q_right, r_right = np.linalg.qr(right.T)
-    u, s, vt = np.linalg.svd(r_left @ r_right.T, full_matrices=False)
-    kept = min(rank, s.size)
-    root = np.sqrt(s[:kept])
-    columns = (q_left @ u[:, :kept]) * root
-    rows = root[:, None] * (vt[:kept] @ q_right.T)
-    largest = np.abs(columns).argmax(axis=0)
-    sign = np.where(columns[largest, np.arange(kept)] < 0, -1.0, 1.0)
-    a = np.zeros((left.shape[0], rank), np.float32)
-    b = np.zeros((rank, right.shape[1]), np.float32)
-    a[:, :kept] = columns * sign
-    b[:kept] = rows * sign[:, None]
-    first_a, first_b = pairs[0]
-    return a.reshape(*first_a.shape[:-1], rank), b.reshape(rank, *first_b.shape[1:])
+    return directions(pairs, weights).pair(0, rank)
+
+
+def widen(pair: Pair, rank: int) -> Pair:
+    """Return the same product with zeros behind, up to ``rank``."""
+    a, b = pair
+    more = rank - a.shape[-1]
+    return (
+        np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, more)]),
+        np.pad(b, [(0, more)] + [(0, 0)] * (b.ndim - 1)),
+    )
 
 
 def product_norm(pair: Pair) -> float:
@@ -86,6 +144,20 @@ def inner_product(first: Pair, second: Pair) -> float:
     a1, b1 = flatten(first)
     a2, b2 = flatten(second)
     return float(np.sum((a1.T @ a2) * (b1 @ b2.T)))
+
+
+def product_gram(pairs: Sequence[Pair]) -> Wide:
+    """Return the inner products of all products with each other, (K, K) float64.
+
+    The factors are stacked once, so that two matrix products hold all of ``a_i' a_j`` and
+    ``b_i b_j'``; the sum over each block of their entrywise product is one inner product.
+    """
+    flat = [flatten(pair) for pair in pairs]
+    left = np.concatenate([a for a, _ in flat], axis=1)
+    right = np.concatenate([b for _, b in flat], axis=0)
+    starts = np.cumsum([0, *(a.shape[1] for a, _ in flat[:-1])])
+    entries = (left.T @ left) * (right @ right.T)
+    return np.add.reduceat(np.add.reduceat(entries, starts, axis=0), starts, axis=1)
 
 
 def distance_to_sum(pair: Pair, pairs: Sequence[Pair], weights: Sequence[float]) -> float:

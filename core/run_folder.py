@@ -7,6 +7,7 @@ statistics.json     what the sites pooled before the first round, if they did
 rounds.jsonl        one line a round, each whole or absent
 events.jsonl        what happened when, for progress bars and people
 checkpoints/        the state after each round, with its plan
+updates/            what sites sent in the round that is running, removed when it ends
 release/            the `.model` and its side-car, if one was released
 result.json         how the run ended
 """
@@ -14,11 +15,14 @@ result.json         how the run ended
 import contextlib
 import fcntl
 import json
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dafne_federated.core.errors import RunError
@@ -27,6 +31,7 @@ from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.pooled_statistics import PooledStatistics
 from dafne_federated.core.settings import RunSettings
 from dafne_federated.core.state import State, load_state, save_state
+from dafne_federated.core.stored_state import StoredState, keep_arrays
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -73,6 +78,7 @@ class SiteRound(BaseModel):
         dice: Dice of the state that it received, per label; None where not measured.
         dice_cases: Validation cases behind each Dice.
         device: What it ran on.
+        update_norm: How far its update moves the base; see ``strategies/outliers.py``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -89,6 +95,7 @@ class SiteRound(BaseModel):
     dice: dict[str, float | None] = Field(default_factory=dict)
     dice_cases: dict[str, int] = Field(default_factory=dict)
     device: str = ""
+    update_norm: float = 0.0
 
 
 class RoundLine(BaseModel):
@@ -107,6 +114,8 @@ class RoundLine(BaseModel):
             the type that travels; None without training.
         state_digest: SHA-256 of the state after the round.
         seconds: Wall time of the round at the server.
+        whole: Whether every site received the state whole. Else sites of smaller rank measured
+            their own cut of it, and it is not released.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -117,6 +126,7 @@ class RoundLine(BaseModel):
     aggregation_error: float | None
     state_digest: str
     seconds: float
+    whole: bool = True
 
 
 class RunResult(BaseModel):
@@ -225,6 +235,12 @@ class RunFolder:
         kept = [*(old for old in self.rounds() if old.round < line.round), line]
         text = "".join(f"{entry.model_dump_json()}\n" for entry in kept)
         write_atomic(self.path / "rounds.jsonl", text.encode())
+        shutil.rmtree(self.path / "updates", ignore_errors=True)
+
+    def keep_update(self, site: str, arrays: Mapping[str, npt.NDArray[np.float32]]) -> StoredState:
+        """Put a site's update of the running round on disk and return it from there."""
+        folder = private_folder(self.path / "updates")
+        return keep_arrays(folder / f"{sha256(site.encode())[:32]}.npz", arrays)
 
     def state_after(self, number: int) -> State:
         """Return the state after round ``number``.

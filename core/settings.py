@@ -18,6 +18,7 @@ from pydantic import (
 from dafne_federated.core.errors import AdapterError, SettingsError
 from dafne_federated.core.methods import method_parts
 from dafne_federated.core.plan import LAYER_CHOICES, WireType
+from dafne_federated.core.strategy_table import check_combination
 
 
 class RunSettings(BaseModel):
@@ -28,7 +29,9 @@ class RunSettings(BaseModel):
         epochs: Passes of each site over its slices in a round.
         learning_rate: Of Adam at the sites in the first round; see ``learning_rate_in``.
         batch_size: Slices in a step.
-        strategy: How the server combines updates.
+        strategy: How the server combines updates; see ``core/strategy_table.py``.
+        robust: Which updates it leaves out or weighs down before, if any; see there.
+        bad_sites: How many bad sites ``robust`` shall bear.
         method: What is trained: a name of the table of methods, or several joined by ``+``.
         layers: Which kernels get a low-rank pair, with method ``lora``.
         last: Layers that method ``last-k`` trains.
@@ -70,7 +73,9 @@ class RunSettings(BaseModel):
     epochs: int = Field(default=4, ge=1, le=10_000)
     learning_rate: float = Field(default=3e-3, gt=0, le=1)
     batch_size: int = Field(default=4, ge=1, le=1024)
-    strategy: Literal["product", "factors"] = "product"
+    strategy: str = Field(default="product", max_length=40)
+    robust: str = Field(default="none", max_length=40)
+    bad_sites: int = Field(default=1, ge=0, le=10_000)
     method: str = Field(default="lora", max_length=40)
     layers: Annotated[str, Field(pattern="^(" + "|".join(LAYER_CHOICES) + ")$")] = "all"
     last: int = Field(default=2, ge=1, le=1000)
@@ -117,6 +122,15 @@ class RunSettings(BaseModel):
             raise ValueError(msg)
         return self
 
+    @model_validator(mode="after")
+    def _strategy_fits(self) -> Self:
+        pairs = "lora" in method_parts(self.method)
+        try:
+            check_combination(self.strategy, self.robust, self.bad_sites, self.min_sites, pairs)
+        except SettingsError as error:
+            raise ValueError(str(error)) from None
+        return self
+
     def learning_rate_in(self, number: int) -> float:
         """Return the learning rate of round ``number``, 1 first.
 
@@ -151,6 +165,8 @@ def read_settings(path: Path | None, **given: object) -> RunSettings:
         return RunSettings.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "settings"
+        field = ".".join(map(str, first["loc"]))
         msg = f"{field}: {first['msg']}, got {first['input']!r}"
+        if not field:  # settings that do not fit each other; the words name them
+            msg = first["msg"].removeprefix("Value error, ")
         raise SettingsError(msg) from None

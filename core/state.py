@@ -5,9 +5,9 @@ Everything here is numpy: it needs neither TensorFlow nor the model's code.
 
 import io
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from dafne_federated.core.model_file import Weights
 from dafne_federated.core.plan import AdaptationPlan, Target
 
 State = dict[str, npt.NDArray[np.float32]]
+Value = TypeVar("Value")
 
 
 def initial_state(plan: AdaptationPlan, seed: int, rank: int | None = None) -> State:
@@ -38,13 +39,29 @@ def initial_state(plan: AdaptationPlan, seed: int, rank: int | None = None) -> S
     for key, shape in plan.state_shapes(rank).items():
         state[key] = np.zeros(shape, np.float32)
         if key.endswith("/a"):
-            bound = np.sqrt(6.0 / np.prod(shape[:-1]))
-            state[key] = generator.uniform(-bound, bound, shape).astype(np.float32)
+            state[key] = random_factor(generator, shape)
     return state
 
 
-def check_state(plan: AdaptationPlan, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
+def random_factor(
+    generator: np.random.Generator, shape: tuple[int, ...]
+) -> npt.NDArray[np.float32]:
+    """Return a factor ``a`` that a pair begins with, He-uniform over the inputs of the layer."""
+    bound = np.sqrt(6.0 / np.prod(shape[:-1]))
+    return generator.uniform(-bound, bound, shape).astype(np.float32)
+
+
+def check_state(
+    plan: AdaptationPlan,
+    state: Mapping[str, npt.NDArray[np.generic]],
+    absent: Collection[str] = (),
+) -> None:
     """Check that ``state`` is a complete, finite state of ``plan`` at one rank within bounds.
+
+    Args:
+        plan: What is trained.
+        state: The arrays.
+        absent: Factors, ``a`` or ``b``, that must not be there.
 
     Raises:
         StateError: A name is missing or unknown, or a shape, dtype or value is wrong.
@@ -53,7 +70,7 @@ def check_state(plan: AdaptationPlan, state: Mapping[str, npt.NDArray[np.generic
     if rank > plan.max_rank:
         msg = f"rank: expected at most {plan.max_rank}, got {rank}"
         raise StateError(msg)
-    shapes = plan.state_shapes(rank)
+    shapes = without_factors(plan.state_shapes(rank), absent)
     if shapes.keys() != state.keys():
         missing, unknown = (
             sorted(shapes.keys() - state.keys()),
@@ -76,10 +93,17 @@ def check_state(plan: AdaptationPlan, state: Mapping[str, npt.NDArray[np.generic
 def state_rank(plan: AdaptationPlan, state: Mapping[str, npt.NDArray[np.generic]]) -> int:
     """Return the rank of the pairs in ``state``; the plan's own where there are none."""
     for target in plan.targets:
-        factor = state.get(f"{target.key}/a")
-        if target.low_rank and factor is not None and factor.ndim > 0:
-            return max(int(factor.shape[-1]), 1)
+        for part, axis in (("a", -1), ("b", 0)):
+            factor = state.get(f"{target.key}/{part}")
+            if target.low_rank and factor is not None and factor.ndim > 0:
+                return max(int(factor.shape[axis]), 1)
     return plan.rank
+
+
+def without_factors(arrays: Mapping[str, Value], factors: Collection[str]) -> dict[str, Value]:
+    """Return ``arrays`` without those of the named factors, ``a`` or ``b``."""
+    ends = tuple(f"/{factor}" for factor in factors)
+    return {name: value for name, value in arrays.items() if not name.endswith(ends)}
 
 
 def kernel_update(target: Target, a: npt.ArrayLike, b: npt.ArrayLike) -> npt.NDArray[np.float64]:
@@ -156,10 +180,15 @@ def save_state(path: Path, plan: AdaptationPlan, state: State) -> None:
 def state_bytes(plan: AdaptationPlan, state: State) -> bytes:
     """Return what ``save_state`` writes; equal states give equal bytes."""
     check_state(plan, state)
-    buffer = io.BytesIO()
     text = np.frombuffer(plan.to_json().encode(), np.uint8)
+    return npz_bytes({"plan": text, **dict(sorted(state.items()))})
+
+
+def npz_bytes(arrays: Mapping[str, npt.NDArray[np.generic]]) -> bytes:
+    """Return arrays as an uncompressed ``.npz`` without pickle or times, in their order."""
+    buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for name, array in [("plan", text), *sorted(state.items())]:
+        for name, array in arrays.items():
             member = io.BytesIO()
             np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
             archive.writestr(zipfile.ZipInfo(f"{name}.npy"), member.getvalue())

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dafne_federated.core.class_weights import ClassCounts
 from dafne_federated.core.errors import MessageError
 from dafne_federated.core.plan import Sha256, WireType
+from dafne_federated.core.strategy_table import Factors, RoundRule
 
 PROTOCOL = 1
 QUERY_OFFER = "query.offer"
@@ -108,7 +109,10 @@ class Offer(WireMessage):
 
 
 class OfferReply(WireMessage):
-    """A site's answer: it has the base, needs it, or does not take part and says why."""
+    """A site's answer: it has the base, needs it, or does not take part and says why.
+
+    ``rank`` is that of its low-rank pairs, where it chose one of its own.
+    """
 
     protocol: Literal[1] = 1
     software: str = Field(max_length=40)
@@ -117,6 +121,7 @@ class OfferReply(WireMessage):
     reason: Reason = ""
     training_cases: int = Field(ge=0)
     validation_cases: int = Field(ge=0)
+    rank: int | None = Field(default=None, ge=1)
 
 
 class BaseModelBytes(WireMessage):
@@ -139,7 +144,8 @@ class BaseReply(WireMessage):
 class RoundRequest(WireMessage):
     """Train from the state that comes along, and evaluate that state first.
 
-    With ``epochs`` 0 the state is only evaluated.
+    With ``epochs`` 0 the state is only evaluated. ``trained`` and ``sent`` say which factors of
+    low-rank pairs move and which come back; see ``core/strategy_table.py``.
 
     Attributes:
         wire: How the values of states travel with this message and with its answer.
@@ -158,8 +164,15 @@ class RoundRequest(WireMessage):
     learning_rate: float = Field(gt=0)
     seed: int = Field(ge=0)
     wire: WireType = "float32"
+    trained: Factors = "both"
+    sent: Factors = "both"
     class_pixels: Counts | None = None
     class_slices: Counts | None = None
+
+    @property
+    def rule(self) -> RoundRule:
+        """What moves in this round."""
+        return RoundRule(self.trained, self.sent)
 
     @property
     def classes(self) -> ClassCounts | None:

@@ -6,7 +6,7 @@ has, at both ends: what a site evaluates is the state that the server keeps.
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from flwr.app import Array, ArrayRecord, RecordDict
 
 from dafne_federated.core.errors import MessageError, StateError
 from dafne_federated.core.plan import AdaptationPlan, WireType
-from dafne_federated.core.state import State, check_state
+from dafne_federated.core.state import State, check_state, without_factors
 from dafne_federated.core.wire import array_record
 
 # What numpy's file format adds to the values of one array at most, in bytes.
@@ -45,7 +45,13 @@ def rounded(state: State, wire: WireType) -> State:
     return {name: array.astype(np.float32) for name, array in _cast(state, wire).items()}
 
 
-def take_state(content: RecordDict, plan: AdaptationPlan, wire: WireType = "float32") -> State:
+def take_state(
+    content: RecordDict,
+    plan: AdaptationPlan,
+    wire: WireType = "float32",
+    *,
+    absent: Collection[str] = (),
+) -> State:
     """Return the checked state that a message carries, float32.
 
     Names, shapes, dtypes and byte counts are compared with the plan and the request before any
@@ -55,15 +61,17 @@ def take_state(content: RecordDict, plan: AdaptationPlan, wire: WireType = "floa
         content: The message.
         plan: The plan that the state must be one of.
         wire: The type of values that the request of the round names.
+        absent: Factors, ``a`` or ``b``, that do not travel in this message.
 
     Raises:
         StateError: The arrays are not a state of ``plan`` in this type.
     """
     record = _record(content)
+    factor, axis = ("/b", 0) if "a" in absent else ("/a", -1)
     ranks = {
-        array.shape[-1]
+        array.shape[axis]
         for name, array in record.items()
-        if name.endswith("/a") and len(array.shape) > 0
+        if name.endswith(factor) and len(array.shape) > 0
     }
     if len(ranks) > 1:
         msg = f"rank: expected one rank in all layers, got {sorted(ranks)}"
@@ -72,9 +80,10 @@ def take_state(content: RecordDict, plan: AdaptationPlan, wire: WireType = "floa
     if not 1 <= rank <= plan.max_rank:
         msg = f"rank: expected 1 to {plan.max_rank}, got {rank}"
         raise StateError(msg)
-    arrays = take_arrays(content, plan.state_shapes(rank), wire)
+    shapes = without_factors(plan.state_shapes(rank), absent)
+    arrays = take_arrays(content, shapes, wire)
     state = {name: array.astype(np.float32, copy=False) for name, array in arrays.items()}
-    check_state(plan, state)
+    check_state(plan, state, absent)
     return state
 
 

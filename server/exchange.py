@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 Replies = dict[str, RecordDict | None]
-OnReply = Callable[[str], None]
+Kept = TypeVar("Kept")
 
 
 def exchange(
@@ -17,10 +18,10 @@ def exchange(
     message_type: str,
     group: str,
     deadline: float,
-    on_reply: OnReply,
+    take: Callable[[str, RecordDict | None], Kept],
     poll: float = 0.5,
-) -> Replies:
-    """Send each site its message and return the answers that came in time.
+) -> dict[str, Kept]:
+    """Send each site its message and return what is kept of the answers that came in time.
 
     Args:
         grid: Flower's connection to the sites.
@@ -29,12 +30,13 @@ def exchange(
         message_type: Flower's routing label.
         group: Flower's group id, the round.
         deadline: Longest wait in seconds.
-        on_reply: Called with the site's name when its answer is in.
+        take: Called with the site's name and its answer as soon as it is in, None where the
+            transport reported an error (a lost node, a crashed program); returns what to keep
+            of it, so that answers need not stand in memory together.
         poll: Pause between two looks, in seconds.
 
     Returns:
-        By site: its answer, or None where the transport reported an error (a lost node, a
-        crashed program). Sites that did not answer in time are not in it.
+        What was kept, by site. Sites that did not answer in time are not in it.
     """
     names = sorted(contents)
     messages = [
@@ -42,7 +44,8 @@ def exchange(
         for name in names
     ]
     sent = dict(zip(grid.push_messages(messages), names, strict=True))
-    pending, replies, end = set(sent), Replies(), time.monotonic() + deadline
+    pending, end = set(sent), time.monotonic() + deadline
+    kept: dict[str, Kept] = {}
     while pending:
         found = list(grid.pull_messages(sorted(pending)))
         for reply in found:
@@ -50,13 +53,13 @@ def exchange(
             if identity in pending:
                 pending.discard(identity)
                 # An error's own text may hold anything of the site, so it is not kept.
-                replies[sent[identity]] = None if reply.has_error() else reply.content
-                on_reply(sent[identity])
+                site = sent[identity]
+                kept[site] = take(site, None if reply.has_error() else reply.content)
         if pending and time.monotonic() > end:
             break
         if pending and not found:
             time.sleep(poll)
-    return replies
+    return kept
 
 
 def wait_for_nodes(grid: Grid, least: int, wait: float, poll: float = 1.0) -> list[int]:

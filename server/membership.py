@@ -9,6 +9,7 @@ from flwr.serverapp import Grid
 from dafne_federated.core.errors import DafneFederatedError, RunError
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RunFolder, RunInfo
+from dafne_federated.core.strategy_table import STRATEGY_TABLE
 from dafne_federated.core.versions import software_version
 from dafne_federated.core.wire import (
     QUERY_OFFER,
@@ -20,7 +21,7 @@ from dafne_federated.core.wire import (
     array_record,
     record_bytes,
 )
-from dafne_federated.server.exchange import exchange, wait_for_nodes
+from dafne_federated.server.exchange import Replies, exchange, wait_for_nodes
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class Members:
         nodes: Flower's node id by site name, for sites that take part.
         declined: Reason in words by site name, for those that do not.
         cases: Training cases that each site said to have; it cannot claim more later.
+        ranks: The rank that each site chose, None where it takes that of the run.
         bytes_down: Bytes sent to each site to join: offer and, where it was missing, the base.
         bytes_up: Bytes it sent to join.
     """
@@ -40,6 +42,7 @@ class Members:
     nodes: dict[str, int]
     declined: dict[str, str]
     cases: dict[str, int]
+    ranks: dict[str, int | None]
     bytes_down: dict[str, int]
     bytes_up: dict[str, int]
 
@@ -66,12 +69,12 @@ def gather(grid: Grid, folder: RunFolder, info: RunInfo, plan: AdaptationPlan) -
         plan=plan.to_json(),
     ).to_record()
     by_number = {f"node {node}": node for node in ids}
-    replies = exchange(
+    replies: Replies = exchange(
         grid, dict.fromkeys(by_number, offer), by_number, QUERY_OFFER, "0", settings.deadline,
-        lambda _: None,
+        lambda _, content: content,
     )  # fmt: skip
     registered = {n.node_id: getattr(n, "name", "") for n in grid.get_nodes()}
-    members = Members({}, {}, {}, {}, {})
+    members = Members({}, {}, {}, {}, {}, {})
     needing = []
     for number, content in sorted(replies.items()):
         node = by_number[number]
@@ -88,8 +91,11 @@ def gather(grid: Grid, folder: RunFolder, info: RunInfo, plan: AdaptationPlan) -
             members.declined[number] = f"another site is called {name!r} already"
         elif reply.status not in ("have", "need"):
             members.declined[name] = reply.reason
+        elif reason := _wrong_rank(reply.rank, plan, settings.strategy):
+            members.declined[name] = reason
         else:
             members.nodes[name] = node
+            members.ranks[name] = reply.rank
             members.cases[name] = min(reply.training_cases, settings.max_cases)
             members.bytes_down[name] = record_bytes(offer)
             members.bytes_up[name] = record_bytes(content)
@@ -107,6 +113,20 @@ def gather(grid: Grid, folder: RunFolder, info: RunInfo, plan: AdaptationPlan) -
     return members
 
 
+def _wrong_rank(rank: int | None, plan: AdaptationPlan, strategy: str) -> str:
+    """Return why a site cannot take part with the rank that it chose; empty if it can."""
+    if rank is None or rank == plan.rank:
+        return ""
+    if rank > plan.max_rank:
+        return f"it trains at rank {rank}, the plan allows at most {plan.max_rank}"
+    if not STRATEGY_TABLE[strategy].ranks:
+        return (
+            f"it trains at rank {rank}, and strategy {strategy!r} needs the plan's {plan.rank} "
+            "everywhere; take strategy 'product'"
+        )
+    return ""
+
+
 def _send_base(
     grid: Grid, info: RunInfo, base: bytes, needing: list[str], members: Members
 ) -> None:
@@ -117,7 +137,7 @@ def _send_base(
     nodes = {name: members.nodes[name] for name in needing}
     replies = exchange(
         grid, dict.fromkeys(nodes, content), nodes, TRAIN_BASE, "0", info.settings.deadline,
-        lambda _: None,
+        lambda _, content: content,
     )  # fmt: skip
     for name in needing:
         members.bytes_down[name] += record_bytes(content)

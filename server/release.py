@@ -12,6 +12,7 @@ from dafne_federated.core.model_file import ModelFile, parse_model, write_model
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RoundLine, RunFolder, RunInfo, RunResult
 from dafne_federated.core.settings import RunSettings
+from dafne_federated.core.strategy_table import STRATEGY_TABLE
 
 Scores = dict[str, dict[str, float | None]]
 
@@ -70,12 +71,20 @@ def choose_round(
         settings: Those of the run.
         base: Dice of the base; by default those of the first round.
     """
+    if not STRATEGY_TABLE[settings.strategy].common:
+        return None, (
+            f"with strategy {settings.strategy!r} there is no model for everybody: each site has "
+            "its own, in its cache"
+        )
     if settings.gate == "none":
         return rounds[-1].round - 1, "the last round, released without a gate as the settings say"
     best, reasons = None, []
     base = scores(rounds[0]) if base is None else base
     for line in rounds[1:]:
         candidate, number = scores(line), line.round - 1
+        if not line.whole:
+            reasons.append(f"round {number}: sites of smaller rank measured a cut of it")
+            continue
         if reason := why_not(base, candidate, settings.margin):
             reasons.append(f"round {number}: {reason}")
             continue

@@ -9,14 +9,18 @@ import logging
 import time
 import zlib
 
+from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
 from dafne_federated.core.class_weights import ClassCounts
 from dafne_federated.core.errors import RunError
 from dafne_federated.core.files import arrays_digest
 from dafne_federated.core.plan import AdaptationPlan
+from dafne_federated.core.rank_cut import Cut, Cuts, at_rank, site_ranks
 from dafne_federated.core.run_folder import RoundLine, RunFolder, RunInfo, SiteRound
-from dafne_federated.core.state import State, initial_state
+from dafne_federated.core.settings import RunSettings
+from dafne_federated.core.state import State, initial_state, state_rank
+from dafne_federated.core.strategy_table import STRATEGY_TABLE, round_rule
 from dafne_federated.core.wire import (
     EVALUATE_STATE,
     TRAIN_ROUND,
@@ -24,12 +28,14 @@ from dafne_federated.core.wire import (
     record_bytes,
 )
 from dafne_federated.core.wire_arrays import rounded, state_record
-from dafne_federated.server.exchange import Replies, exchange
+from dafne_federated.server.answers import Answer, receive, without_outliers
+from dafne_federated.server.exchange import exchange
 from dafne_federated.server.membership import Members, gather
 from dafne_federated.server.statistics import pool_statistics, with_statistics
 from dafne_federated.strategies import STRATEGIES
-from dafne_federated.strategies.outliers import too_large
-from dafne_federated.strategies.update_gate import Verdict, judge
+from dafne_federated.strategies.outliers import update_norm
+from dafne_federated.strategies.robust import ROBUST_RULES
+from dafne_federated.strategies.update_gate import Verdict
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +85,7 @@ def _round(
 ) -> tuple[RoundLine, State]:
     settings, begun = info.settings, time.monotonic()
     trained = number <= settings.rounds
+    rule = round_rule(settings.strategy, number)
     request = RoundRequest(
         run=info.run,
         round=number,
@@ -88,42 +95,51 @@ def _round(
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate_in(number),
         seed=settings.seed,
+        trained=rule.trained,
+        sent=rule.sent,
         wire=settings.wire,
         class_pixels=list(classes.pixels) if classes and trained else None,
         class_slices=list(classes.slices) if classes and trained else None,
     )
-    content = request.to_record(state_record(state, settings.wire))
+    cuts = _cuts(plan, members, state, settings, number)
+    contents = {
+        rank: request.to_record(state_record(cut.state, settings.wire))
+        for rank, cut in cuts.by_rank.items()
+    }
+    sent = {site: contents[rank] for site, rank in cuts.ranks.items()}
     folder.event("round started", round=number, sites=sorted(members.nodes), trained=trained)
-    replies = exchange(
+
+    def take(site: str, content: RecordDict | None) -> Answer:
+        folder.event("site answered", round=number, site=site)
+        cases = members.cases[site]
+        return receive(folder, site, content, request, plan, cases, cuts.of(site))
+
+    received = exchange(
         grid,
-        dict.fromkeys(members.nodes, content),
+        sent,
         members.nodes,
         TRAIN_ROUND if trained else EVALUATE_STATE,
         str(number),
         settings.deadline,
-        lambda site: folder.event("site answered", round=number, site=site),
+        take,
     )
-    verdicts = {
-        site: _verdict(site, replies, request, plan, members.cases[site], settings.deadline, state)
-        for site in sorted(members.nodes)
-    }
-    updates = [verdict.update for verdict in verdicts.values() if verdict.update]
-    for site, reason in too_large(plan, updates, settings.max_norm_ratio).items():
-        verdicts[site] = Verdict("refused", reason)
-    updates = [verdict.update for verdict in verdicts.values() if verdict.update]
+    silent = Answer(Verdict("silent", f"no answer within {settings.deadline:g} s"))
+    answers = {site: received.get(site, silent) for site in sorted(members.nodes)}
+    known, ratio = update_norm(plan, state), settings.max_norm_ratio
+    answers = without_outliers(answers, known, folder.rounds(), ratio)
+    updates = [answer.verdict.update for answer in answers.values() if answer.verdict.update]
     first = number == joined
     sites = {
         site: _site_round(
             plan,
-            verdict,
+            answer,
             # What joining cost is counted with the first round after it.
-            record_bytes(content) + (members.bytes_down[site] if first else 0),
-            (record_bytes(answer) if (answer := replies.get(site)) else 0)
-            + (members.bytes_up[site] if first else 0),
+            record_bytes(sent[site]) + (members.bytes_down[site] if first else 0),
+            answer.bytes + (members.bytes_up[site] if first else 0),
         )
-        for site, verdict in verdicts.items()
+        for site, answer in answers.items()
     }
-    for site, verdict in verdicts.items():
+    for site, verdict in ((site, answer.verdict) for site, answer in answers.items()):
         if verdict.status != "ok":
             log.warning("round %d: %s: %s: %s", number, site, verdict.status, verdict.reason)
             folder.event("not used", round=number, site=site, reason=verdict.reason)
@@ -134,7 +150,11 @@ def _round(
             got = f"{len(updates)}; {reasons}"
             msg = f"round {number}: expected {settings.min_sites} updates, got {got}"
             raise RunError(msg)
-        aggregate = STRATEGIES[settings.strategy](plan, updates)
+        chosen = ROBUST_RULES[settings.robust](plan, updates, settings.bad_sites)
+        if settings.robust != "none":
+            shares = {update.site: update.share for update in chosen}
+            folder.event("weighed", round=number, rule=settings.robust, shares=shares)
+        aggregate = STRATEGIES[settings.strategy](plan, chosen)
         # What is kept and may be released is what the sites will get and evaluate.
         state, error = rounded(aggregate.state, settings.wire), aggregate.error
         log.info("round %d: aggregation error %.2g", number, error)
@@ -145,29 +165,27 @@ def _round(
         aggregation_error=error,
         state_digest=arrays_digest(state),
         seconds=time.monotonic() - begun,
+        whole=cuts.whole,
     )
     return line, state
 
 
-def _verdict(
-    site: str,
-    replies: Replies,
-    request: RoundRequest,
-    plan: AdaptationPlan,
-    max_cases: int,
-    deadline: float,
-    sent: State,
-) -> Verdict:
-    if site not in replies:
-        return Verdict("silent", f"no answer within {deadline:g} s")
-    content = replies[site]
-    if content is None:
-        return Verdict("failed", "its program ended without an answer")
-    return judge(site, content, request, plan, max_cases, sent)
+def _cuts(
+    plan: AdaptationPlan, members: Members, state: State, settings: RunSettings, number: int
+) -> Cuts:
+    """Cut the state to the rank of each site; the last evaluation is of the state itself."""
+    rules, rank = STRATEGY_TABLE[settings.strategy], state_rank(plan, state)
+    if not rules.ranks or number > settings.rounds:
+        return Cuts(dict.fromkeys(members.nodes, rank), {rank: Cut(state, {})})
+    ranks = site_ranks(plan, state, {s: members.ranks[s] for s in members.nodes}, rules.grows)
+    seed = zlib.crc32(f"{settings.seed}/new directions/{number}".encode())
+    cuts = {rank: at_rank(plan, state, rank, seed) for rank in sorted(set(ranks.values()))}
+    return Cuts(ranks, {r: Cut(rounded(c.state, settings.wire), c.rest) for r, c in cuts.items()})
 
 
-def _site_round(plan: AdaptationPlan, verdict: Verdict, down: int, up: int) -> SiteRound:
+def _site_round(plan: AdaptationPlan, answer: Answer, down: int, up: int) -> SiteRound:
     fields: dict[str, object] = {}
+    verdict = answer.verdict
     if (reply := verdict.reply) is not None and verdict.status == "ok":
         measured = zip(plan.labels, reply.dice, reply.dice_cases, strict=False)
         rows = [(label, value if count else None, count) for label, value, count in measured]
@@ -178,6 +196,7 @@ def _site_round(plan: AdaptationPlan, verdict: Verdict, down: int, up: int) -> S
             "seconds": reply.seconds,
             "evaluation_seconds": reply.evaluation_seconds,
             "device": reply.device,
+            "update_norm": answer.norm,
             "dice": {label: value for label, value, _ in rows},
             "dice_cases": {label: count for label, _, count in rows},
         }

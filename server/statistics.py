@@ -181,7 +181,7 @@ class _Pool:
         nodes = {name: self.members.nodes[name] for name in self._asked()}
         replies = exchange(
             self.grid, dict.fromkeys(nodes, content), nodes, message_type, _GROUP,
-            self.info.settings.deadline, lambda _: None,
+            self.info.settings.deadline, lambda _, content: content,
         )  # fmt: skip
         for name in nodes:
             self.members.bytes_down[name] += record_bytes(content)

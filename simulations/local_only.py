@@ -42,7 +42,7 @@ def train_alone(
             settings.learning_rate_in(number),
             settings.seed,
             number,
-            classes,
+            classes=classes,
         )
         score = _validation_dice(site, plan, state)
         if score is None or best_dice is None or score > best_dice:

@@ -20,8 +20,9 @@ from dafne_federated.core.model_file import read_model
 from dafne_federated.core.model_runtime import RunningModel
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.preprocessing import BiasFieldCache
+from dafne_federated.core.rank_cut import at_rank
 from dafne_federated.core.run_folder import RunFolder
-from dafne_federated.core.state import State, load_state, save_state
+from dafne_federated.core.state import State, load_state, save_state, state_rank
 from dafne_federated.core.volumes import Case, orientation
 from dafne_federated.server.rounds import first_state
 from dafne_federated.simulations.comparison import persons_to_show
@@ -189,8 +190,10 @@ def _test_case(
     arms: Mapping[str, Sequence[State]],
 ) -> tuple[list[TestRow], Overlay]:
     case = load_case(ref, images.labels)
-    engine = bench.engine(plan, plan.rank)
-    return measure_case(engine.model, engine.adapted, case, site, arms, bench.bias_fields())
+    rank = max(state_rank(plan, state) for states in arms.values() for state in states)
+    engine = bench.engine(plan, rank)
+    same = {arm: [at_rank(plan, s, rank, seed=0).state for s in arms[arm]] for arm in arms}
+    return measure_case(engine.model, engine.adapted, case, site, same, bench.bias_fields())
 
 
 def _check_release(folder: RunFolder, images: DataFolder, cases: Iterable[CaseRef]) -> None:
@@ -216,8 +219,9 @@ def release_difference(folder: RunFolder, case: CaseRef, labels: Mapping[int, st
     if slices is None:
         return None
     model = RunningModel(read_model(folder.base), approvals)
-    adapted = AdaptedNetwork(model.network, plan)
-    adapted.write(folder.state_after(result.round or info.settings.rounds))
+    state = folder.state_after(result.round or info.settings.rounds)
+    adapted = AdaptedNetwork(model.network, plan, state_rank(plan, state))
+    adapted.write(state)
     inputs = slices.inputs()[:4]
     after = np.asarray(released.network.predict_on_batch(inputs))
     return float(np.abs(after - adapted.predict(inputs)).max())

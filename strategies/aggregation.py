@@ -1,15 +1,17 @@
 """What every strategy shares: its input, its result, and the means it is built from."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from dafne_federated.core.low_rank import Pair, distance_to_sum, product_norm
+from dafne_federated.core.low_rank import Pair, widen
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.state import State
+
+Arrays = Mapping[str, npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -18,13 +20,16 @@ class Update:
 
     Attributes:
         site: Registered name of the site.
-        state: Its state after local training, checked.
+        state: Its state after local training, checked; in memory, or read from disk where it
+            is asked for. Factors that stay at the site are not in it.
         cases: Training cases, the site's weight.
+        share: How much of that weight a robust rule leaves.
     """
 
     site: str
-    state: State
+    state: Arrays
     cases: int
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -32,67 +37,93 @@ class Aggregate:
     """The combined state of a round.
 
     Attributes:
-        state: One state of the plan, at the plan's rank.
+        state: One state of the plan, at one rank.
         error: How far the low-rank part is from the exact mean of products, as a share of
             that mean's size: ``||mean(a_k b_k) - a b|| / ||mean(a_k b_k)||`` over all layers.
+            Float32 rounding, some 1e-7, is left out where nothing else is missed.
     """
 
     state: State
     error: float
 
 
+@dataclass(frozen=True)
+class Combined:
+    """The pairs of one layer, combined.
+
+    Attributes:
+        pair: The result, at any rank.
+        missed: Norm of what it lacks of the weighted sum of the products.
+        size: Norm of that sum.
+    """
+
+    pair: Pair
+    missed: float
+    size: float
+
+
 Strategy = Callable[[AdaptationPlan, Sequence[Update]], Aggregate]
-CombinePairs = Callable[[Sequence[Pair], Sequence[float], int], Pair]
+CombinePairs = Callable[[Sequence[Pair], Sequence[float], int], Combined]
 
 
 def combine(
     plan: AdaptationPlan, updates: Sequence[Update], combine_pairs: CombinePairs
 ) -> Aggregate:
-    """Average dense parts and combine low-rank pairs layer by layer.
+    """Average whole arrays and combine low-rank pairs layer by layer.
 
     Sites are taken in the order of their names and all sums run in float64, so the order of
-    arrival cannot change a bit. Stored statistics are equal in all updates and are carried on.
+    arrival cannot change a bit. The pairs of one layer stand in memory together, no more.
+    Stored statistics are equal in all updates and so come out as they are.
 
     Args:
         plan: The plan of all states.
         updates: At least one; names differ.
-        combine_pairs: Takes the pairs of one layer, the weights and the rank.
+        combine_pairs: Takes the pairs of one layer, their weights, and the rank: the plan's
+            own, or the largest among the updates if that is larger.
     """
-    ordered = sorted(updates, key=lambda update: update.site)
-    total = math.fsum(update.cases for update in ordered)
-    weights = [update.cases / total for update in ordered]
-    state: State = {}
+    ordered, weights = in_order(updates)
+    state = mean_arrays(updates, (name for name in ordered[0].state if name[-2:] not in _FACTORS))
+    keys = [target.key for target in plan.targets if target.low_rank]
+    ranks = [update.state[f"{key}/a"].shape[-1] for key in keys[:1] for update in ordered]
+    rank = min(max([plan.rank, *ranks]), plan.max_rank)
     missed, size = 0.0, 0.0
-    for target in plan.targets:
-        key = target.key
-        if not target.trained:  # the gate saw to it that they are equal
-            state[f"{key}/delta"] = ordered[0].state[f"{key}/delta"]
-            continue
-        if not target.low_rank:
-            for name in (f"{key}/{part}" for part in target.arrays(plan.rank)):
-                state[name] = weighted_mean([u.state[name] for u in ordered], weights)
-            continue
-        pairs = [(u.state[f"{key}/a"], u.state[f"{key}/b"]) for u in ordered]
-        a, b = combine_pairs(pairs, weights, plan.rank)
-        state |= {f"{key}/a": a, f"{key}/b": b}
-        missed += distance_to_sum((a, b), pairs, weights) ** 2
-        size += _norm_of_sum(pairs, weights) ** 2
+    pairs: dict[str, Pair] = {}
+    for key in keys:
+        given = [(update.state[f"{key}/a"], update.state[f"{key}/b"]) for update in ordered]
+        combined = combine_pairs(given, weights, rank)
+        pairs[key] = combined.pair
+        missed += combined.missed**2
+        size += combined.size**2
+    common = max((a.shape[-1] for a, _ in pairs.values()), default=rank)
+    for key, pair in pairs.items():
+        state[f"{key}/a"], state[f"{key}/b"] = widen(pair, common)
     return Aggregate(state, math.sqrt(missed / size) if size > 0 else 0.0)
 
 
-def weighted_mean(
-    arrays: Sequence[npt.NDArray[np.float32]], weights: Sequence[float]
-) -> npt.NDArray[np.float32]:
-    """Return the weighted sum of arrays of one shape, summed in float64, as float32."""
-    total = np.zeros(arrays[0].shape, np.float64)
-    for weight, array in zip(weights, arrays, strict=True):
-        total += weight * array.astype(np.float64)
-    return total.astype(np.float32)
+def in_order(updates: Sequence[Update]) -> tuple[list[Update], list[float]]:
+    """Return updates by the names of their sites, and their weights, with sum 1."""
+    ordered = sorted(updates, key=lambda update: update.site)
+    parts = [update.cases * update.share for update in ordered]
+    total = math.fsum(parts)
+    return ordered, [part / total for part in parts]
 
 
-def _norm_of_sum(pairs: Sequence[Pair], weights: Sequence[float]) -> float:
-    if len(pairs) == 1:
-        return weights[0] * product_norm(pairs[0])
-    (a, b), *_ = pairs
-    nothing = (np.zeros_like(a), np.zeros_like(b))
-    return distance_to_sum(nothing, pairs, weights)
+def mean_arrays(updates: Sequence[Update], names: Iterable[str]) -> State:
+    """Return the weighted mean of the named arrays, site by site.
+
+    One site's arrays and one set of sums stand in memory, however many sites there are.
+    """
+    ordered, weights = in_order(updates)
+    chosen = list(names)
+    totals: dict[str, npt.NDArray[np.float64]] = {}
+    for update, weight in zip(ordered, weights, strict=True):
+        for name in chosen:
+            part = weight * update.state[name].astype(np.float64)
+            if name in totals:
+                totals[name] += part
+            else:
+                totals[name] = part
+    return {name: total.astype(np.float32) for name, total in totals.items()}
+
+
+_FACTORS = ("/a", "/b")

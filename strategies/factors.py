@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from dafne_federated.core.errors import StateError
-from dafne_federated.core.low_rank import Pair
+from dafne_federated.core.low_rank import Pair, distance_to_sum, product_norm
 from dafne_federated.core.plan import AdaptationPlan
-from dafne_federated.strategies.aggregation import Aggregate, Update, combine, weighted_mean
+from dafne_federated.strategies.aggregation import Aggregate, Combined, Update, combine
 
 
 def factors(plan: AdaptationPlan, updates: Sequence[Update]) -> Aggregate:
@@ -23,11 +25,17 @@ def factors(plan: AdaptationPlan, updates: Sequence[Update]) -> Aggregate:
     return combine(plan, updates, _separate_means)
 
 
-def _separate_means(pairs: Sequence[Pair], weights: Sequence[float], _rank: int) -> Pair:
+def _separate_means(pairs: Sequence[Pair], weights: Sequence[float], _rank: int) -> Combined:
     ranks = {a.shape[-1] for a, _ in pairs}
     if len(ranks) > 1:
         msg = f"strategy 'factors' needs one rank, got {sorted(ranks)}; take strategy 'product'"
         raise StateError(msg)
-    a = weighted_mean([a for a, _ in pairs], weights)
-    b = weighted_mean([b for _, b in pairs], weights)
-    return a, b
+    if len(pairs) == 1:
+        return Combined(pairs[0], 0.0, product_norm(pairs[0]))
+    weighed = list(zip(weights, pairs, strict=True))
+    a = sum(w * pair[0].astype(np.float64) for w, pair in weighed)
+    b = sum(w * pair[1].astype(np.float64) for w, pair in weighed)
+    mean = np.asarray(a, np.float32), np.asarray(b, np.float32)
+    nothing = np.zeros_like(mean[0]), np.zeros_like(mean[1])
+    missed, size = (distance_to_sum(pair, pairs, weights) for pair in (mean, nothing))
+    return Combined(mean, missed, size)

@@ -1,24 +1,32 @@
-"""Average what the updates do: the mean of the products, cut back to the plan's rank."""
+"""Average what the updates do: the mean of the products, cut back to a rank."""
 
 from collections.abc import Sequence
 
-from dafne_federated.core.low_rank import Pair, mean_of_products
+from dafne_federated.core.low_rank import Pair, directions, product_norm
 from dafne_federated.core.plan import AdaptationPlan
-from dafne_federated.strategies.aggregation import Aggregate, Update, combine
+from dafne_federated.strategies.aggregation import Aggregate, Combined, Update, combine
 
 
 def product(plan: AdaptationPlan, updates: Sequence[Update]) -> Aggregate:
-    """Return the best pairs of the plan's rank for the exact mean of products.
+    """Return the best pairs for the exact mean of products.
 
-    Ranks of the sites may differ. The error of the aggregate is what the cut left out.
+    Ranks of the sites may differ; the result has the plan's rank, or the largest of the
+    updates if that is larger. The error of the aggregate is what the cut left out.
+
+    Every update counts with its whole product and the weight of its cases, in every direction.
+    A site of small rank does not pull down directions that it never saw, because its update is
+    completed with them before it comes here (``core/rank_cut.py``). Averages that pad small
+    updates with zeros do pull them down, round by round, until the smallest rank is left.
 
     Source:
-        FlexLoRA, https://arxiv.org/abs/2402.11505.
+        FlexLoRA, https://arxiv.org/abs/2402.11505; the collapse to the smallest rank is
+        described in https://arxiv.org/abs/2602.13486, which weighs slices of the rank instead.
     """
     return combine(plan, updates, _mean)
 
 
-def _mean(pairs: Sequence[Pair], weights: Sequence[float], rank: int) -> Pair:
+def _mean(pairs: Sequence[Pair], weights: Sequence[float], rank: int) -> Combined:
     if len(pairs) == 1 and pairs[0][0].shape[-1] == rank:
-        return pairs[0]  # the mean of one is itself, bit for bit
-    return mean_of_products(pairs, weights, rank)
+        return Combined(pairs[0], 0.0, product_norm(pairs[0]))  # itself, bit for bit
+    found = directions(pairs, weights)
+    return Combined(found.pair(0, rank), found.norm(rank), found.norm())

@@ -1,15 +1,17 @@
 """Turn a site's reply into an update, or into a reason why it is not one."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 from flwr.app import RecordDict
 
 from dafne_federated.core.errors import DafneFederatedError, StateError
 from dafne_federated.core.plan import AdaptationPlan
-from dafne_federated.core.state import State
+from dafne_federated.core.state import state_rank
 from dafne_federated.core.wire import RoundReply, RoundRequest
 from dafne_federated.core.wire_arrays import take_state
 from dafne_federated.strategies.aggregation import Update
@@ -43,7 +45,7 @@ def judge(
     request: RoundRequest,
     plan: AdaptationPlan,
     max_cases: int,
-    sent: State | None = None,
+    sent: Mapping[str, npt.NDArray[np.float32]] | None = None,
 ) -> Verdict:
     """Check one reply; nothing about it is trusted, and a bad one costs the round nothing.
 
@@ -58,7 +60,8 @@ def judge(
         request: What was asked.
         plan: The plan of the run.
         max_cases: Largest number of training cases that is believed: what the site offered.
-        sent: The state that was sent, for plans that set stored statistics.
+        sent: The state that the site was sent: the update is completed with the factors that
+            stood still in this round, and stored statistics are compared with it.
     """
     try:
         reply = RoundReply.from_record(content)
@@ -80,7 +83,12 @@ def judge(
         if not 0 < reply.training_cases <= max_cases:
             msg = f"training cases: expected 1 to {max_cases}, got {reply.training_cases}"
             raise StateError(msg)
-        state = take_state(content, plan, request.wire)
+        state = take_state(content, plan, request.wire, absent=request.rule.absent)
+        ends = tuple(f"/{part}" for part in request.rule.held)
+        held = {name: value for name, value in (sent or {}).items() if name.endswith(ends)}
+        if sent and (got := state_rank(plan, state)) != state_rank(plan, sent):
+            msg = f"rank: expected {state_rank(plan, sent)} as it was sent, got {got}"
+            raise StateError(msg)
         set_once = plan.state_shapes(trained=False)
         for key in set_once:
             if sent is None or state[key].tobytes() != sent[key].tobytes():
@@ -96,4 +104,4 @@ def judge(
     except Exception:  # what a site sends must never end the round
         log.exception("a reply of %s cannot be read", site)
         return Verdict("refused", "its reply cannot be read")
-    return Verdict("ok", reply=reply, update=Update(site, state, reply.training_cases))
+    return Verdict("ok", reply=reply, update=Update(site, state | held, reply.training_cases))

@@ -150,11 +150,11 @@ def statistics_plan(small_plan: AdaptationPlan) -> AdaptationPlan:
 def make_statistics_state(statistics_plan: AdaptationPlan) -> Callable[..., State]:
     """A function that draws a state of ``statistics_plan`` from a seed."""
 
-    def make(seed: int) -> State:
+    def make(seed: int, rank: int | None = None) -> State:
         generator = np.random.default_rng(seed)
         return {
             key: generator.normal(size=shape).astype("float32")
-            for key, shape in statistics_plan.state_shapes().items()
+            for key, shape in statistics_plan.state_shapes(rank).items()
         }
 
     return make

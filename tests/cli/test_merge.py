@@ -78,6 +78,17 @@ def make_run(tmp_path: Path, base: Path, plan: AdaptationPlan) -> Callable[[int]
     return make
 
 
+def test_a_run_without_a_common_model_is_refused_and_names_the_way_out(
+    tmp_path: Path, make_run: Any
+) -> None:
+    path = make_run(3)
+    text = (path / "run.json").read_text()
+    (path / "run.json").write_text(text.replace('"product"', '"shared-a"'))
+    done = run(path, "--output", tmp_path / "merged.model")
+    assert isinstance(done.exception, DafneFederatedError)
+    assert "there is no model for everybody; give the newest state in" in str(done.exception)
+
+
 def run(*arguments: object) -> Any:
     return CliRunner().invoke(app, [str(a) for a in arguments])
 

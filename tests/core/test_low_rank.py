@@ -7,10 +7,13 @@ from hypothesis import strategies as st
 
 from dafne_federated.core.low_rank import (
     dense_product,
+    directions,
     distance_to_sum,
     inner_product,
     mean_of_products,
+    product_gram,
     product_norm,
+    widen,
 )
 
 Pair = tuple[np.ndarray, np.ndarray]
@@ -79,3 +82,34 @@ def test_signs_are_fixed() -> None:
 def test_distance_near_zero_keeps_its_digits() -> None:
     p = pair(0, 50, 4, 60)
     assert distance_to_sum(p, [p], [1.0]) <= 1e-12 * product_norm(p)
+
+
+def test_gram_holds_the_inner_products_of_pairs_of_any_ranks() -> None:
+    pairs = [pair(rank, 7, rank, 5) for rank in (1, 3, 2)]
+    want = [[inner_product(p, q) for q in pairs] for p in pairs]
+    np.testing.assert_allclose(product_gram(pairs), want, rtol=1e-12)
+
+
+def test_directions_are_as_many_as_there_really_are() -> None:
+    p, q = pair(0, 9, 2, 8), pair(1, 9, 3, 8)
+    assert directions([p, p, p], [0.2, 0.3, 0.5]).values.size == 2
+    assert directions([p, q], [0.5, 0.5]).values.size == 5
+    assert directions([p, p], [0.5, -0.5]).values.size == 0
+
+
+def test_the_rest_of_a_cut_is_what_is_missing() -> None:
+    p = pair(0, 9, 5, 8)
+    found = directions([p], [1.0])
+    kept, rest = found.pair(0, 2), found.pair(2, 7)
+    assert rest[0].shape == (9, 5)
+    np.testing.assert_allclose(
+        dense_product(kept) + dense_product(rest), dense_product(p), atol=1e-5
+    )
+    assert found.norm(2) == pytest.approx(product_norm(rest), rel=1e-6)
+
+
+def test_widening_changes_no_product() -> None:
+    p = pair(0, 4, 2, 3)
+    wide = widen(p, 5)
+    assert (wide[0].shape, wide[1].shape) == ((4, 5), (5, 3))
+    np.testing.assert_array_equal(dense_product(wide), dense_product(p))

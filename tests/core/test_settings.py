@@ -26,7 +26,21 @@ def test_json_round_trip() -> None:
     [
         ("round = 3", "round: Extra inputs are not permitted, got 3"),
         ("rounds = 0", "rounds: .*greater than or equal to 1, got 0"),
-        ('strategy = "best"', "strategy: .*'product' or 'factors', got 'best'"),
+        ('strategy = "best"', "strategy: expected one of fedavg, .*, got 'best'$"),
+        ('robust = "best"', "robust: expected one of none, .*, got 'best'$"),
+        ('strategy = "fedavg"', "averages whole arrays.*; take strategy 'product', or a method"),
+        (
+            'strategy = "stack"\nmethod = "head"',
+            "is for low-rank pairs.*; take strategy 'fedavg', or method 'lora'",
+        ),
+        (
+            'strategy = "alternating"\nrobust = "clipped"',
+            "scales b, which strategy 'alternating' does not let it; take robust 'geom",
+        ),
+        (
+            'robust = "krum"\nmin-sites = 4',
+            "'krum' needs 5 updates to bear 1 bad ones, and rounds of 4 would count; raise",
+        ),
         ("learning-rate = nan", "learning-rate: .* got nan"),
         ("rank = 9\nmax-rank = 4", "rank: expected at most max-rank 4, got 9"),
         ("rounds = [", "cannot read settings"),

@@ -171,3 +171,23 @@ def test_a_network_without_a_graph_is_trained_as_it_is(
     training.run(some_slices(), 1, 2, 0.01, 4, cache=PrefixCache(tmp_path, 10))
     for key, array in plain.read().items():
         np.testing.assert_array_equal(adapted.read()[key], array)
+
+
+@pytest.mark.parametrize("graph", [True, False], ids=["suffix", "as-it-is"])
+def test_a_factor_that_is_held_does_not_move_by_a_bit_and_the_rest_does(
+    monkeypatch: pytest.MonkeyPatch, graph: bool
+) -> None:
+    from dafne_federated.core import network_graph
+
+    if not graph:
+        monkeypatch.setattr(network_graph, "_has_graph", lambda _: False)
+    adapted, slices = adapted_network("all"), some_slices()
+    before = adapted.read()
+    for moving in ("b", "a", "both", "b"):
+        adapted.train_factors(moving)  # in turn on one network, as alternating rounds do
+        SuffixTraining(adapted, loss).run(slices, 1, 2, 0.01, 4)
+        after = adapted.read()
+        for key, value in after.items():
+            held = key[-2:] in ("/a", "/b") and moving not in ("both", key[-1])
+            assert np.array_equal(value, before[key]) == held, (moving, key)
+        before = after

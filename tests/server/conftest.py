@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import pickle
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,19 +15,46 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from dafne_federated.core.files import sha256
+from dafne_federated.core.moments import moments
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RunFolder, RunInfo
 from dafne_federated.core.settings import RunSettings
+from dafne_federated.core.state import state_rank, without_factors
 from dafne_federated.core.versions import software_version
 from dafne_federated.core.wire import (
     BaseReply,
     OfferReply,
     RoundReply,
     RoundRequest,
+    StatisticsReply,
+    StatisticsRequest,
 )
-from dafne_federated.core.wire_arrays import state_record, take_bytes, take_state
+from dafne_federated.core.wire_arrays import state_record, take_arrays, take_bytes, take_state
 
 BASE = b"the bytes of a base"
+SLICES = {"site-a": 3, "site-b": 5, "site-c": 2}
+BOTH = {"statistics": "pooled", "class_weights": "pooled"}
+
+
+def base_bytes(plan: AdaptationPlan) -> bytes:
+    generator = np.random.default_rng(7)
+    weights = [np.zeros(1, np.float32) for _ in range(14)]
+    for target in plan.targets:
+        values = np.abs(generator.normal(size=target.shape)) + 0.1
+        weights[int(target.key)] = values.astype(np.float32)
+    content = {
+        "model_id": "family",
+        "weights": weights,
+        "timestamp_id": 1_610_001_000,
+        "is_delta": False,
+        "data_dimensionality": 2,
+        "type": "DynamicDLModel",
+        "metadata": {"model_name": "Thigh", "categories": [["MSK"]], "variants": [""]},
+        "init_model_function": "def init():\n    pass\n",
+        "apply_model_function": "def apply(model, data):\n    return {}\n",
+        "incremental_learn_function": "def learn(*args):\n    pass\n",
+    }
+    return pickle.dumps(content, protocol=4)
 
 
 class PretendSite:
@@ -36,6 +64,8 @@ class PretendSite:
         self.name, self.plan, self.has_base = name, plan, has_base
         self.change: Callable[[Message, RecordDict], Any] = lambda _, content: content
         self.received: list[str] = []
+        self.rank: int | None = None
+        self.ranks: list[int] = []  # of what came
 
     def __call__(self, message: Message) -> Any:
         kind = message.metadata.message_type
@@ -47,6 +77,7 @@ class PretendSite:
                 status="have" if self.has_base else "need",
                 training_cases=3,
                 validation_cases=1,
+                rank=self.rank,
             ).to_record()
         elif kind == "train.base":
             assert take_bytes(message.content, "base", 100) == BASE
@@ -59,11 +90,16 @@ class PretendSite:
     def round(self, message: Message) -> RecordDict:
         request = RoundRequest.from_record(message.content)
         state = take_state(message.content, self.plan, request.wire)
+        self.ranks.append(state_rank(self.plan, state))
         # A deterministic "training": a step that follows from site and round.
         generator = np.random.default_rng([len(self.name), ord(self.name[-1]), request.round])
+        held = tuple(f"/{part}" for part in request.rule.held)
         new = {
-            k: v + 0.1 * generator.normal(size=v.shape).astype("float32") for k, v in state.items()
+            k: v if k.endswith(held) else v + step * generator.normal(size=v.shape).astype("f4")
+            for k, v in state.items()
+            for step in (np.float32(0.1),)
         }
+        new = without_factors(new, request.rule.absent)
         level = min(0.5 + 0.05 * request.round, 1.0)
         reply = RoundReply(
             run=request.run,
@@ -77,6 +113,65 @@ class PretendSite:
             dice_cases=[1] * len(self.plan.labels),
         )
         return reply.to_record(state_record(new, request.wire) if request.epochs else None)
+
+
+class SharingSite(PretendSite):
+    """A site with values of its own behind each normalisation."""
+
+    def __init__(self, name: str, plan: AdaptationPlan) -> None:
+        super().__init__(name, plan, has_base=False)
+        self.shares = True
+        self.requests: list[RoundRequest] = []
+        count = SLICES[name]
+        generator = np.random.default_rng(count)
+        offset = 20 * generator.normal()
+        self.values = [
+            offset + generator.normal(size=(count, 6, mean.shape[0]))
+            for mean, _ in plan.normalisations
+        ]
+        labels = generator.integers(0, 2 if name == "site-c" else 3, (count, 8, 8))
+        self.counts = [int((labels == c).sum()) for c in range(3)]
+        self.holding = [int((labels == c).any(axis=(1, 2)).sum()) for c in range(3)]
+
+    def __call__(self, message: Message) -> Any:
+        kind = message.metadata.message_type
+        if kind == "train.base":
+            self.received.append(kind)
+            assert sha256(take_bytes(message.content, "base", 10_000)) == self.plan.base_digest
+            return self.change(message, BaseReply(site=self.name, status="stored").to_record())
+        if kind != "query.statistics":
+            return super().__call__(message)
+        self.received.append(kind)
+        return self.change(message, self.share(message))
+
+    def share(self, message: Message) -> RecordDict:
+        request = StatisticsRequest.from_record(message.content)
+        fields: dict[str, Any] = request.model_dump(exclude={"protocol"}) | {"site": self.name}
+        if not self.shares:
+            reason = "this site does not share statistics"
+            return StatisticsReply(**fields, status="withheld", reason=reason).to_record()
+        fields |= {"status": "ok", "slices": SLICES[self.name]}
+        if request.what == "classes":
+            return StatisticsReply(
+                **fields, class_pixels=self.counts, class_slices=self.holding
+            ).to_record()
+        shapes = self.plan.statistics_shapes(request.number)
+        given = take_arrays(message.content, shapes)
+        # As in a network: what comes next depends on the new statistics in front of it.
+        shift = sum(float(array.sum()) for array in given.values())
+        found = moments(shift + self.values[request.number])
+        arrays = {"mean": found.mean, "variance": found.variance}
+        return StatisticsReply(**fields).to_record(arrays)
+
+    def round(self, message: Message) -> RecordDict:
+        request = RoundRequest.from_record(message.content)
+        self.requests.append(request)
+        sent = state_record(take_state(message.content, self.plan, request.wire), request.wire)
+        content = super().round(message)
+        if request.epochs:
+            for key in self.plan.state_shapes(trained=False):
+                content.array_records["arrays"][key] = sent[key]
+        return content
 
 
 class PretendGrid(Grid):
@@ -128,7 +223,8 @@ def new_run(tmp_path: Path, small_plan: AdaptationPlan) -> Callable[..., RunFold
     numbers = itertools.count()
 
     def make(**settings: Any) -> RunFolder:
-        plan = small_plan.model_copy(update={"base_digest": sha256(BASE)})
+        bound = {key: settings[key] for key in ("max_rank",) if key in settings}
+        plan = small_plan.model_copy(update={"base_digest": sha256(BASE)} | bound)
         info = RunInfo(
             run="0" * 32,
             created=1_800_000_000,
@@ -155,3 +251,25 @@ def make_grid() -> Callable[..., PretendGrid]:
         return PretendGrid(sites, **options)
 
     return make
+
+
+@pytest.fixture
+def new_pool(
+    tmp_path: Path, new_run: Callable[..., RunFolder], statistics_plan: AdaptationPlan
+) -> Callable[..., RunFolder]:
+    """A function that makes a run with a real base and ``statistics_plan``."""
+    numbers = itertools.count()
+
+    def make(**settings: Any) -> RunFolder:
+        base = base_bytes(statistics_plan)
+        bound = {key: settings[key] for key in ("max_rank",) if key in settings}
+        plan = statistics_plan.model_copy(update={"base_digest": sha256(base)} | bound)
+        info = new_run(**settings).info()
+        info = info.model_copy(update={"base_digest": plan.base_digest, "plan_digest": plan.digest})
+        return RunFolder.create(tmp_path / f"pool{next(numbers)}", info, plan, base)
+
+    return make
+
+
+def grid_of(folder: RunFolder, names: str = "abc", **options: Any) -> PretendGrid:
+    return PretendGrid([SharingSite(f"site-{n}", folder.plan()) for n in names], **options)

@@ -10,7 +10,9 @@ from flwr.app import Error, Message, RecordDict
 from dafne_federated.core.errors import RunError
 from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.core.state import state_bytes
+from dafne_federated.core.strategy_table import STRATEGY_TABLE
 from dafne_federated.server.rounds import run_rounds
+from dafne_federated.strategies.outliers import update_norm
 
 Make = Callable[..., Any]
 
@@ -54,7 +56,10 @@ def test_the_base_goes_down_once_and_later_messages_carry_adapters_only(
             assert 0 < site.bytes_down < 2 * state
 
 
-@pytest.mark.parametrize("strategy", ["product", "factors"])
+WITH_PAIRS = [name for name, rules in STRATEGY_TABLE.items() if rules.pairs != "never"]
+
+
+@pytest.mark.parametrize("strategy", WITH_PAIRS)
 def test_order_of_arrival_does_not_change_a_bit(
     new_run: Make, make_grid: Make, strategy: str
 ) -> None:
@@ -66,14 +71,17 @@ def test_order_of_arrival_does_not_change_a_bit(
     assert len(results) == 1
 
 
-@pytest.mark.parametrize("stopped_in", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("strategy", "stopped_in"),
+    [*(("product", number) for number in (1, 2, 3, 4)), *((name, 3) for name in WITH_PAIRS)],
+)
 def test_a_run_stopped_anywhere_ends_in_the_same_bits(
-    new_run: Make, make_grid: Make, stopped_in: int
+    new_run: Make, make_grid: Make, strategy: str, stopped_in: int
 ) -> None:
-    unbroken = new_run()
+    unbroken = new_run(strategy=strategy)
     run_rounds(make_grid(unbroken), unbroken)
 
-    folder = new_run()
+    folder = new_run(strategy=strategy)
     grid = make_grid(folder)
 
     def stop(message: Message, content: RecordDict) -> RecordDict:
@@ -202,6 +210,60 @@ def test_an_update_out_of_proportion_is_refused(
     run_rounds(grid, folder)
     assert words in folder.rounds()[0].sites["site-b"].reason
     assert final(folder) == final(alone)
+
+
+def test_a_site_that_suddenly_shouts_is_refused_by_its_own_history(
+    new_run: Make, make_grid: Make
+) -> None:
+    folder = new_run(min_sites=1)  # two sites have no median to be compared with
+    grid = make_grid(folder, "ab")
+
+    def shout(message: Message, content: RecordDict) -> RecordDict:
+        return huge(message, content) if message.metadata.group_id == "2" else content
+
+    list(grid.sites.values())[1].change = shout
+    run_rounds(grid, folder)
+    first, second, third, _ = (line.sites["site-b"] for line in folder.rounds())
+    assert first.status == third.status == "ok"
+    assert "its update is too large after its earlier ones: expected a norm" in second.reason
+    norms = update_norm(folder.plan(), folder.state_after(1))
+    assert first.update_norm == pytest.approx(norms, rel=0.5)
+
+
+@pytest.mark.parametrize("robust", ["clipped", "krum", "multi-krum", "geometric-median"])
+def test_a_robust_rule_is_applied_and_told(new_run: Make, make_grid: Make, robust: str) -> None:
+    folder = new_run(robust=robust, min_sites=5)
+    run_rounds(make_grid(folder, "abcde"), folder)
+    told = [event for event in folder.events() if event["event"] == "weighed"]
+    assert [event["round"] for event in told] == [1, 2, 3]
+    assert [event["rule"] for event in told] == [robust] * 3
+    used = {"krum": 1, "multi-krum": 4}.get(robust, 5)
+    assert [len(event["shares"]) for event in told] == [used] * 3
+    plain = new_run(min_sites=5)
+    run_rounds(make_grid(plain, "abcde"), plain)
+    assert final(folder) != final(plain)
+
+
+def test_updates_lie_in_a_private_folder_until_the_round_ends(
+    new_run: Make, make_grid: Make
+) -> None:
+    folder = new_run()
+    grid = make_grid(folder)
+    seen = []
+
+    def look(message: Message, content: RecordDict) -> RecordDict:
+        if message.metadata.group_id == "2":
+            seen.append((folder.path / "updates").exists())
+        return content
+
+    next(iter(grid.sites.values())).change = look
+    run_rounds(grid, folder)
+    assert seen == [False]  # what round 1 left is gone when round 2 begins
+    assert not (folder.path / "updates").exists()
+    kept = folder.keep_update("../site", {"x": np.zeros(1, np.float32)})
+    assert kept["x"] == 0
+    assert (folder.path / "updates").stat().st_mode & 0o077 == 0
+    assert len(list((folder.path / "updates").glob("*.npz"))) == 1
 
 
 def test_sites_may_change_between_a_stop_and_going_on(new_run: Make, make_grid: Make) -> None:

@@ -1,9 +1,7 @@
 """Sites pool once, exactly, in any order, and what a site withholds or spoils costs no round."""
 
 import itertools
-import pickle
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,122 +10,16 @@ from flwr.app import Array, Error, Message, RecordDict
 
 from dafne_federated.core.class_weights import ClassCounts
 from dafne_federated.core.errors import RunError
-from dafne_federated.core.files import sha256
 from dafne_federated.core.model_file import parse_model
-from dafne_federated.core.moments import moments
-from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.core.state import fold, state_bytes
-from dafne_federated.core.wire import RoundReply, RoundRequest, StatisticsReply, StatisticsRequest
-from dafne_federated.core.wire_arrays import take_arrays, take_bytes, take_state
+from dafne_federated.core.wire import RoundReply
+from dafne_federated.core.wire_arrays import take_state
 from dafne_federated.server import release as release_module
 from dafne_federated.server.rounds import run_rounds
-from tests.server.conftest import PretendGrid, PretendSite
+from tests.server.conftest import BOTH, SLICES, PretendGrid, SharingSite, grid_of
 
-SLICES = {"site-a": 3, "site-b": 5, "site-c": 2}
-BOTH = {"statistics": "pooled", "class_weights": "pooled"}
 Make = Callable[..., Any]
-
-
-def base_bytes(plan: AdaptationPlan) -> bytes:
-    generator = np.random.default_rng(7)
-    weights = [np.zeros(1, np.float32) for _ in range(14)]
-    for target in plan.targets:
-        values = np.abs(generator.normal(size=target.shape)) + 0.1
-        weights[int(target.key)] = values.astype(np.float32)
-    content = {
-        "model_id": "family",
-        "weights": weights,
-        "timestamp_id": 1_610_001_000,
-        "is_delta": False,
-        "data_dimensionality": 2,
-        "type": "DynamicDLModel",
-        "metadata": {"model_name": "Thigh", "categories": [["MSK"]], "variants": [""]},
-        "init_model_function": "def init():\n    pass\n",
-        "apply_model_function": "def apply(model, data):\n    return {}\n",
-        "incremental_learn_function": "def learn(*args):\n    pass\n",
-    }
-    return pickle.dumps(content, protocol=4)
-
-
-class SharingSite(PretendSite):
-    """A site with values of its own behind each normalisation."""
-
-    def __init__(self, name: str, plan: AdaptationPlan) -> None:
-        super().__init__(name, plan, has_base=False)
-        self.shares = True
-        self.requests: list[RoundRequest] = []
-        count = SLICES[name]
-        generator = np.random.default_rng(count)
-        offset = 20 * generator.normal()
-        self.values = [
-            offset + generator.normal(size=(count, 6, mean.shape[0]))
-            for mean, _ in plan.normalisations
-        ]
-        labels = generator.integers(0, 2 if name == "site-c" else 3, (count, 8, 8))
-        self.counts = [int((labels == c).sum()) for c in range(3)]
-        self.holding = [int((labels == c).any(axis=(1, 2)).sum()) for c in range(3)]
-
-    def __call__(self, message: Message) -> Any:
-        kind = message.metadata.message_type
-        if kind == "train.base":
-            self.received.append(kind)
-            assert sha256(take_bytes(message.content, "base", 10_000)) == self.plan.base_digest
-            from dafne_federated.core.wire import BaseReply
-
-            return self.change(message, BaseReply(site=self.name, status="stored").to_record())
-        if kind != "query.statistics":
-            return super().__call__(message)
-        self.received.append(kind)
-        return self.change(message, self.share(message))
-
-    def share(self, message: Message) -> RecordDict:
-        request = StatisticsRequest.from_record(message.content)
-        fields: dict[str, Any] = request.model_dump(exclude={"protocol"}) | {"site": self.name}
-        if not self.shares:
-            reason = "this site does not share statistics"
-            return StatisticsReply(**fields, status="withheld", reason=reason).to_record()
-        fields |= {"status": "ok", "slices": SLICES[self.name]}
-        if request.what == "classes":
-            return StatisticsReply(
-                **fields, class_pixels=self.counts, class_slices=self.holding
-            ).to_record()
-        shapes = self.plan.statistics_shapes(request.number)
-        given = take_arrays(message.content, shapes)
-        # As in a network: what comes next depends on the new statistics in front of it.
-        shift = sum(float(array.sum()) for array in given.values())
-        found = moments(shift + self.values[request.number])
-        arrays = {"mean": found.mean, "variance": found.variance}
-        return StatisticsReply(**fields).to_record(arrays)
-
-    def round(self, message: Message) -> RecordDict:
-        request = RoundRequest.from_record(message.content)
-        self.requests.append(request)
-        sent = take_state(message.content, self.plan)
-        content = super().round(message)
-        if request.epochs:
-            for key in self.plan.state_shapes(trained=False):
-                content.array_records["arrays"][key] = Array(sent[key])
-        return content
-
-
-@pytest.fixture
-def new_pool(tmp_path: Path, new_run: Make, statistics_plan: AdaptationPlan) -> Make:
-    """A function that makes a run with a real base and ``statistics_plan``."""
-    numbers = itertools.count()
-
-    def make(**settings: Any) -> RunFolder:
-        base = base_bytes(statistics_plan)
-        plan = statistics_plan.model_copy(update={"base_digest": sha256(base)})
-        info = new_run(**settings).info()
-        info = info.model_copy(update={"base_digest": plan.base_digest, "plan_digest": plan.digest})
-        return RunFolder.create(tmp_path / f"pool{next(numbers)}", info, plan, base)
-
-    return make
-
-
-def grid_of(folder: RunFolder, names: str = "abc", **options: Any) -> PretendGrid:
-    return PretendGrid([SharingSite(f"site-{n}", folder.plan()) for n in names], **options)
 
 
 def site(grid: PretendGrid, name: str) -> SharingSite:

@@ -1,15 +1,8 @@
-"""A whole simulation: base in, rounds, release that the real Dafne opens, report; both engines."""
+"""A whole simulation: base in, rounds, release that the real Dafne opens, report."""
 
-import contextlib
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +11,6 @@ import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("backend")]
 
-from dafne_federated.client.site import Site  # noqa: E402
-from dafne_federated.client.site_settings import read_site  # noqa: E402
-from dafne_federated.core.approvals import Approvals  # noqa: E402
 from dafne_federated.core.dataset import open_folder  # noqa: E402
 from dafne_federated.core.errors import (  # noqa: E402
     ApprovalError,
@@ -32,7 +22,6 @@ from dafne_federated.core.merged_model import adapted_model  # noqa: E402
 from dafne_federated.core.model_file import read_model, write_model  # noqa: E402
 from dafne_federated.core.run_folder import RunFolder  # noqa: E402
 from dafne_federated.core.settings import RunSettings  # noqa: E402
-from dafne_federated.server.rounds import first_state  # noqa: E402
 from dafne_federated.simulations.partition import PartitionSettings  # noqa: E402
 from dafne_federated.simulations.preparation import Simulation  # noqa: E402
 from dafne_federated.simulations.progress import Stages  # noqa: E402
@@ -40,34 +29,7 @@ from dafne_federated.simulations.release_check import load_release_check  # noqa
 from dafne_federated.simulations.simulate import simulate  # noqa: E402
 from dafne_federated.simulations.test_results import load_test_rows  # noqa: E402
 from dafne_federated.simulations.testing import release_difference  # noqa: E402
-
-SETTINGS = RunSettings(rounds=2, epochs=3, threads=2, device="cpu", margin=0.2, max_rank=8)
-
-
-@pytest.fixture(scope="module")
-def run_one(
-    tmp_path_factory: pytest.TempPathFactory, trained: Any, squares_folder: Path
-) -> Callable[..., RunFolder]:
-    def run(name: str, **changes: Any) -> RunFolder:
-        os.environ["DAFNE_FEDERATED_HOME"] = str(tmp_path_factory.mktemp("home"))
-        Approvals().add(read_model(trained.path), "test")
-        options = {
-            "run": tmp_path_factory.mktemp("runs") / name,
-            "data": squares_folder,
-            "base": trained.path,
-            "settings": SETTINGS,
-            "local_only": False,
-            "partition": PartitionSettings(shares=(2, 1, 1)),
-        } | changes
-        with Stages(quiet=True) as stages:
-            return simulate(Simulation(**options), stages)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def done(run_one: Callable[..., RunFolder]) -> RunFolder:
-    return run_one("inline", local_only=True)
+from tests.simulations.conftest import SETTINGS  # noqa: E402
 
 
 def test_it_gains_on_persons_that_nobody_trained_on(done: RunFolder) -> None:
@@ -140,45 +102,6 @@ def test_only_the_planned_weights_differ_from_the_base(done: RunFolder) -> None:
     changed = {k for k in base.weights if not np.array_equal(base.weights[k], new.weights[k])}
     assert changed == planned
     assert base.functions == new.functions
-
-
-@pytest.fixture(scope="module")
-def pooled(run_one: Callable[..., RunFolder]) -> RunFolder:
-    both = {"statistics": "pooled", "class_weights": "pooled"}
-    return run_one("pooled", local_only=True, settings=SETTINGS.model_copy(update=both))
-
-
-def test_a_run_with_pooled_statistics_gains_and_releases_what_was_evaluated(
-    pooled: RunFolder, squares_folder: Path
-) -> None:
-    result, plan = pooled.result(), pooled.plan()
-    assert result.released, result.reason
-    base, new = read_model(pooled.base), read_model(pooled.release / result.release)
-    changed = {k for k in base.weights if not np.array_equal(base.weights[k], new.weights[k])}
-    assert changed == {target.key for target in plan.targets}
-    assert all((new.weights[variance.key] > 0).all() for _, variance in plan.normalisations)
-    folder = open_folder(squares_folder)
-    difference = release_difference(pooled, folder.cases[0], folder.labels)
-    assert difference is not None
-    assert difference < 1e-5
-    rows = load_test_rows(pooled)
-    means = [np.mean([r.dice for r in rows if r.arm == arm]) for arm in ("base", "federated")]
-    assert means[1] > means[0]
-
-
-def test_the_pool_is_that_of_one_site_with_all_data(pooled: RunFolder) -> None:
-    plan, kept = pooled.plan(), pooled.pooled()
-    assert kept is not None
-    sites = [read_site(path) for path in sorted((pooled.path / "sites").glob("*.json"))]
-    names = tuple(name for site in sites for name in site.training)
-    everything = Site(sites[0].model_copy(update={"name": "all", "training": names}))
-    alone = everything.own_statistics(plan, first_state(pooled.info(), plan))
-    federated = pooled.state_after(1)
-    for key in plan.state_shapes(trained=False):
-        np.testing.assert_allclose(federated[key], alone[key], rtol=1e-5, atol=1e-5)
-    counts, slices = everything.class_counts(plan)
-    assert kept.classes == counts
-    assert sum(site.slices for site in kept.sites.values()) == slices == kept.moments[0].slices
 
 
 def test_the_base_travels_once_then_adapters_only(done: RunFolder) -> None:
@@ -370,116 +293,6 @@ def test_a_base_that_is_not_approved_is_not_run(
     write_model(other, tmp_path / "other.model")
     with pytest.raises(ApprovalError, match="nobody here has approved it"):
         run_one("refused", base=tmp_path / "other.model")
-
-
-@pytest.mark.parametrize("moment", [1, 2])
-def test_a_killed_simulation_goes_on_and_ends_in_the_same_bits(
-    done: RunFolder, trained: Any, squares_folder: Path, tmp_path: Path, moment: int
-) -> None:
-    Approvals().add(read_model(trained.path), "test")
-    run = tmp_path / "run"
-    (tmp_path / "settings.toml").write_text(
-        'rounds = 2\nepochs = 3\nthreads = 2\ndevice = "cpu"\nmargin = 0.2\nmax-rank = 8\n'
-    )
-    command = [
-        *(sys.executable, "-m", "dafne_federated.cli.app", "simulate", str(squares_folder)),
-        *("--base", str(trained.path), "--run", str(run), "--no-local-only", "--quiet"),
-        *("--settings", str(tmp_path / "settings.toml")),
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    end = time.monotonic() + 120
-    while time.monotonic() < end and process.poll() is None:
-        if len(RunFolder(run).rounds()) >= moment:
-            break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert len(RunFolder(run).rounds()) >= moment
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stderr == ""
-    assert "largest difference between the released file and the adapted network" in (
-        finished.stdout
-    )
-    assert RunFolder(run).result().content_digest == done.result().content_digest
-
-
-@pytest.fixture
-def scratch() -> Iterator[Path]:
-    """A folder with a short path: Ray makes sockets in it, whose paths may not be long."""
-    with tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as path:
-        yield Path(path)
-
-
-def descendants(process: int) -> set[int]:
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True)
-    pairs = [tuple(map(int, line.split())) for line in listed.stdout.splitlines()]
-    found = {process}
-    while more := {own for own, parent in pairs if parent in found} - found:
-        found |= more
-    return found - {process}
-
-
-def alive(processes: set[int]) -> set[int]:
-    listed = subprocess.run(["ps", "-eo", "pid=,stat="], capture_output=True, text=True, check=True)
-    pairs = [line.split() for line in listed.stdout.splitlines()]
-    return processes & {int(number) for number, state in pairs if not state.startswith("Z")}
-
-
-@pytest.mark.simulation
-def test_ray_gives_the_same_result_and_leaves_nothing_running(
-    done: RunFolder, trained: Any, squares_folder: Path, tmp_path: Path, scratch: Path
-) -> None:
-    pytest.importorskip("ray")
-    with ray_simulation(trained, squares_folder, tmp_path, scratch) as process:
-        seen: set[int] = set()
-        while process.poll() is None:
-            seen |= descendants(process.pid)
-            time.sleep(0.3)
-        assert process.returncode == 0
-    assert RunFolder(tmp_path / "run").result().content_digest == done.result().content_digest
-    assert len(seen) > 5  # SuperLink, executors, Ray and its workers
-    assert alive(seen) == set()
-
-
-@pytest.mark.simulation
-def test_after_a_kill_of_the_simulation_ray_and_flower_end(
-    trained: Any, squares_folder: Path, tmp_path: Path, scratch: Path
-) -> None:
-    pytest.importorskip("ray")
-    with ray_simulation(trained, squares_folder, tmp_path, scratch) as process:
-        seen: set[int] = set()
-        while process.poll() is None and not RunFolder(tmp_path / "run").rounds():
-            seen |= descendants(process.pid)
-            time.sleep(0.3)
-        seen |= descendants(process.pid)
-        assert process.poll() is None
-        process.send_signal(signal.SIGKILL)
-    assert len(seen) > 5
-    end = time.monotonic() + 40
-    while alive(seen) and time.monotonic() < end:
-        time.sleep(0.5)
-    assert alive(seen) == set()
-    assert not list(scratch.glob("dafne-federated-ray-*"))
-
-
-@contextlib.contextmanager
-def ray_simulation(
-    trained: Any, data: Path, folder: Path, scratch: Path
-) -> Iterator["subprocess.Popen[bytes]"]:
-    Approvals().add(read_model(trained.path), "test")
-    command = [
-        *(sys.executable, "-m", "dafne_federated.cli.app", "simulate", str(data), "--quiet"),
-        *("--base", str(trained.path), "--run", str(folder / "run"), "--no-local-only"),
-        *("--engine", "ray", "--rounds", "2", "--epochs", "3", "--threads", "2"),
-        *("--device", "cpu", "--margin", "0.2", "--max-rank", "8"),
-    ]
-    environment = {**os.environ, "TMPDIR": str(scratch)}
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
 
 
 def test_merging_the_checkpoint_gives_the_release(done: RunFolder) -> None:

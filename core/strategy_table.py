@@ -1,0 +1,199 @@
+"""What each strategy asks of the sites and what it combines with, in one table.
+
+Server and sites read the same table: which factors of the low-rank pairs a site trains in a
+round, and which of them it sends. Whole arrays (``delta``, ``scale``) are trained and sent in
+every round; stored statistics of normalisations are sent and stay as they are, with every
+strategy. What comes down is always the whole state, so that a site that missed a round, or was
+started again, needs nothing from before.
+
+What combines, as ``check_combination`` and ``server/membership.py`` enforce it:
+
+| strategy    | low-rank pairs | own ranks of sites | robust 'clipped' | release |
+|-------------|----------------|--------------------|------------------|---------|
+| fedavg      | never          | no                 | yes              | yes     |
+| factors     | maybe          | no                 | yes              | yes     |
+| frozen-a    | always         | no                 | yes              | yes     |
+| alternating | always         | no                 | no               | yes     |
+| product     | maybe          | yes                | yes              | yes     |
+| stack       | always         | yes                | yes              | yes     |
+| shared-a    | always         | no                 | no               | no      |
+
+Low-rank pairs come from method 'lora', alone or with others; every other method changes whole
+arrays. The other robust rules choose or weigh updates and go with every strategy. Ranks of
+their own need products to be averaged; a factor that stands still must be the same everywhere.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dafne_federated.core.errors import SettingsError
+
+Factors = Literal["both", "a", "b"]
+
+
+@dataclass(frozen=True)
+class RoundRule:
+    """What moves in one round.
+
+    Attributes:
+        trained: The factors that sites train; the other one stays as it came.
+        sent: The factors that come back. One that is trained and not sent is personal: it
+            stays at the site from round to round.
+    """
+
+    trained: Factors = "both"
+    sent: Factors = "both"
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """Names of the factors that stay as they came."""
+        return tuple(part for part in ("a", "b") if self.trained not in ("both", part))
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Names of the factors that do not come back."""
+        return tuple(part for part in ("a", "b") if self.sent not in ("both", part))
+
+    @property
+    def personal(self) -> tuple[str, ...]:
+        """Names of the factors that are trained and stay at the site."""
+        return tuple(part for part in self.absent if part not in self.held)
+
+
+@dataclass(frozen=True)
+class StrategyRules:
+    """One row of the table.
+
+    Attributes:
+        does: What the server makes of the updates, in words.
+        odd: What moves in rounds 1, 3, 5...
+        even: What moves in the others.
+        pairs: Whether the plan may have low-rank pairs: ``never``, ``maybe`` or ``always``.
+        ranks: Whether each site may have a rank of its own.
+        grows: Whether sites without a rank of their own get the state at whatever rank it has.
+        clipped: Whether updates may be clipped, which scales ``b`` and so needs it to be free.
+        common: Whether there is a model for everybody that can be released.
+    """
+
+    does: str
+    odd: RoundRule = RoundRule()
+    even: RoundRule = RoundRule()
+    pairs: Literal["never", "maybe", "always"] = "maybe"
+    ranks: bool = False
+    grows: bool = False
+    clipped: bool = True
+    common: bool = True
+
+
+_ONLY_A, _ONLY_B = RoundRule("a", "a"), RoundRule("b", "b")
+_A_IS_SHARED = RoundRule("both", "a")
+
+STRATEGY_TABLE: dict[str, StrategyRules] = {
+    "fedavg": StrategyRules("the mean of whole arrays", pairs="never"),
+    "factors": StrategyRules("the mean of each factor, which is not that of the products"),
+    "frozen-a": StrategyRules(
+        "the mean of b; a is random, common and never trained", _ONLY_B, _ONLY_B, pairs="always"
+    ),
+    "alternating": StrategyRules(
+        "the mean of b in odd rounds, of a in even ones",
+        _ONLY_B,
+        _ONLY_A,
+        pairs="always",
+        clipped=False,
+    ),
+    "product": StrategyRules("the mean of the products, cut to the rank", ranks=True),
+    "stack": StrategyRules(
+        "the mean of the products, uncut up to the largest rank",
+        pairs="always",
+        ranks=True,
+        grows=True,
+    ),
+    "shared-a": StrategyRules(
+        "the mean of a; each site keeps its own b",
+        _A_IS_SHARED,
+        _A_IS_SHARED,
+        pairs="always",
+        clipped=False,
+        common=False,
+    ),
+}
+
+ROBUST_TABLE: dict[str, str] = {
+    "none": "every accepted update counts by its cases",
+    "clipped": "no update moves the base more than the median one",
+    "krum": "only the update nearest to its neighbours counts",
+    "multi-krum": "the bad-sites updates farthest from their neighbours are left out",
+    "geometric-median": "updates count less the farther they are from the middle",
+}
+
+
+def round_rule(strategy: str, number: int) -> RoundRule:
+    """Return what moves in round ``number``, 1 first."""
+    rules = STRATEGY_TABLE[strategy]
+    return rules.odd if number % 2 else rules.even
+
+
+def least_sites(robust: str, bad_sites: int) -> int:
+    """Return how many updates a robust rule needs to bear ``bad_sites`` bad ones.
+
+    Source:
+        Krum, https://arxiv.org/abs/1703.02757: n >= 2 f + 3. A median of any kind needs a
+        majority, n >= 2 f + 1; clipping has no such bound and needs two to compare.
+    """
+    match robust:
+        case "krum" | "multi-krum":
+            return 2 * bad_sites + 3
+        case "geometric-median":
+            return 2 * bad_sites + 1
+        case "clipped":
+            return 2
+    return 1
+
+
+def check_combination(
+    strategy: str, robust: str, bad_sites: int, min_sites: int, pairs: bool
+) -> None:
+    """Refuse what does not combine, and name the way out.
+
+    Args:
+        strategy: A name of the table.
+        robust: A name of its table.
+        bad_sites: Bad sites that a robust rule shall bear.
+        min_sites: Updates without which there is no round.
+        pairs: Whether the method trains low-rank pairs.
+
+    Raises:
+        SettingsError: In words, what does not go together and what to take.
+    """
+    for kind, name, table in (
+        ("strategy", strategy, STRATEGY_TABLE),
+        ("robust", robust, ROBUST_TABLE),
+    ):
+        if name not in table:
+            msg = f"{kind}: expected one of {', '.join(table)}, got {name!r}"
+            raise SettingsError(msg)
+    rules = STRATEGY_TABLE[strategy]
+    if rules.pairs == "never" and pairs:
+        msg = (
+            f"strategy {strategy!r} averages whole arrays, and the method trains low-rank pairs; "
+            "take strategy 'product', or a method without 'lora'"
+        )
+        raise SettingsError(msg)
+    if rules.pairs == "always" and not pairs:
+        msg = (
+            f"strategy {strategy!r} is for low-rank pairs, and the method trains none; "
+            "take strategy 'fedavg', or method 'lora'"
+        )
+        raise SettingsError(msg)
+    if robust == "clipped" and not rules.clipped:
+        msg = (
+            f"robust 'clipped' scales b, which strategy {strategy!r} does not let it; "
+            "take robust 'geometric-median', or strategy 'product'"
+        )
+        raise SettingsError(msg)
+    if min_sites < (least := least_sites(robust, bad_sites)):
+        msg = (
+            f"robust {robust!r} needs {least} updates to bear {bad_sites} bad ones, and rounds of "
+            f"{min_sites} would count; raise min-sites to {least}, or take fewer bad-sites"
+        )
+        raise SettingsError(msg)
