@@ -34,7 +34,8 @@ def methods(
         typer.Option(help="Folder of your images; tells how many slices an epoch has."),
     ] = None,
     slices: Annotated[
-        int | None, typer.Option(min=1, help=f"Slices in an epoch. [of the data, or {_SLICES}]")
+        int | None,
+        typer.Option(min=1, help=f"Slices in an epoch; else those of the data, or {_SLICES}."),
     ] = None,
     only: Annotated[
         list[str] | None,

@@ -43,34 +43,38 @@ def simulate(
     learning_rate: Annotated[float | None, typer.Option(help="Of Adam. [0.003]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Slices in a step. [4]")] = None,
     strategy: Annotated[
-        str | None, typer.Option(help=f"{', '.join(STRATEGY_TABLE)}. [product]")
+        str | None, typer.Option(help=f"{', '.join(STRATEGY_TABLE)}. By default product.")
     ] = None,
-    robust: Annotated[str | None, typer.Option(help=f"{', '.join(ROBUST_TABLE)}. [none]")] = None,
+    robust: Annotated[
+        str | None, typer.Option(help=f"{', '.join(ROBUST_TABLE)}. By default none.")
+    ] = None,
     bad_sites: Annotated[
         int | None, typer.Option(help="With robust: how many bad sites it bears. [1]")
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help=f"{', '.join(METHODS)}; several with + between them. [lora]"),
+        typer.Option(help=f"{', '.join(METHODS)}; several with + between them. By default lora."),
     ] = None,
     layers: Annotated[
-        str | None, typer.Option(help="With lora: all, decoder or encoder. [all]")
+        str | None, typer.Option(help="With lora: all, decoder or encoder. By default all.")
     ] = None,
     last: Annotated[int | None, typer.Option(help="With last-k: how many layers. [2]")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the low-rank pairs. [4]")] = None,
     max_rank: Annotated[int | None, typer.Option(help="Largest accepted of a site. [16]")] = None,
     scale: Annotated[float | None, typer.Option(help="Factor of low-rank updates. [1]")] = None,
     wire: Annotated[
-        str | None, typer.Option(help="States travel as float32 or float16. [float32]")
+        str | None, typer.Option(help="States travel as float32 or float16. By default float32.")
     ] = None,
     statistics: Annotated[
-        str | None, typer.Option(help="Of normalisations: base or pooled. [base]")
+        str | None, typer.Option(help="Of normalisations: base or pooled. By default base.")
     ] = None,
     class_weights: Annotated[
-        str | None, typer.Option(help="Frequency of labels: case or pooled. [case]")
+        str | None, typer.Option(help="Frequency of labels: case or pooled. By default case.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="All randomness follows from it. [1]")] = None,
-    gate: Annotated[str | None, typer.Option(help="validation or none. [validation]")] = None,
+    gate: Annotated[
+        str | None, typer.Option(help="validation or none. By default validation.")
+    ] = None,
     margin: Annotated[
         float | None, typer.Option(help="Dice that a label of a site may lose. [0.05]")
     ] = None,
@@ -90,17 +94,19 @@ def simulate(
         str | None, typer.Option(help="Phantom persons for the base and each site. [10,8]")
     ] = None,
     engine: Annotated[
-        str | None, typer.Option(help="inline (this process) or ray. [inline]")
+        str | None, typer.Option(help="inline (this process) or ray. By default inline.")
     ] = None,
     parallel: Annotated[int | None, typer.Option(help="Sites at a time, with ray. [1]")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads, 0 for all cores. [0]")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or gpu. [auto]")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or gpu. By default auto.")] = None,
     precision: Annotated[
-        str | None, typer.Option(help="Of training, float32 or bfloat16. [float32]")
+        str | None, typer.Option(help="Of training, float32 or bfloat16. By default float32.")
     ] = None,
     local_only: Annotated[
         bool | None,
-        typer.Option("--local-only/--no-local-only", help="Train each site alone, too. [yes]"),
+        typer.Option(
+            "--local-only/--no-local-only", help="Train each site alone, too. By default yes."
+        ),
     ] = None,
     quiet: Annotated[bool | None, typer.Option("--quiet", help="No progress bars.")] = None,
 ) -> None:
