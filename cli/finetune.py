@@ -117,13 +117,17 @@ def finetune(
     )
     parts = _shares(shares)
     approvals = Approvals()
+    folder_of_run = run or output.with_name(f"{output.name.removesuffix('.model')}.run")
+    if folder_of_run == output:
+        msg = f"output: expected another path than that of the run, got {str(output)!r} for both"
+        raise SettingsError(msg)
     check_output(output)
     check_output(approvals.path, replace=True)
     folder = open_folder(data)
     refs = cases_of_site(folder, site)
     given = read_model(model)
     approvals.require(given)
-    choice = choose_labels(given, folder, labels)
+    choice = choose_labels(given, folder, refs, labels)
     if choice.note:
         print(printable(choice.note), file=sys.stderr)
     prepare_backend(settings.threads, settings.device)
@@ -136,7 +140,7 @@ def finetune(
         data=folder,
         cases=refs,
         output=output,
-        run=run or output.with_suffix(".run"),
+        run=folder_of_run,
         settings=settings,
         shares=parts,
         classification=classification,

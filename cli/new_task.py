@@ -18,7 +18,7 @@ def new_task(
     output: Annotated[Path, typer.Option("--output", "-o", help="The new .model file.")],
     labels: Annotated[str, typer.Option(help="Label names with commas between, channel 1 first.")],
     name: Annotated[
-        str | None, typer.Option(help="Name of the new model. [the base's and 'new task']")
+        str | None, typer.Option(help="Name of the new model; else the base's and 'new task'.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise in new columns of the head.")] = 1,
 ) -> None:

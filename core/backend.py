@@ -42,6 +42,7 @@ def prepare_backend(threads: int = 0, device: str = "auto") -> Device:
     with _silent_stderr():  # TensorFlow's library writes notes there that no setting stops
         import tensorflow as tf
 
+        tf.get_logger().setLevel("ERROR")  # hints on how to call it, in the midst of progress bars
         cards = tf.config.list_physical_devices("GPU")
     threads = threads or len(os.sched_getaffinity(0))
     if device == "gpu" and not cards:

@@ -25,7 +25,7 @@ from dafne_federated.core.prefix_cache import PrefixCache
 from dafne_federated.core.slices import PreparedSlices, concatenate
 from dafne_federated.core.state import State, initial_state
 from dafne_federated.core.suffix_training import SuffixTraining
-from dafne_federated.core.training import AdapterTraining, Part, slice_dice
+from dafne_federated.core.training import AdapterTraining, Part
 from dafne_federated.core.unfreezing import Stage, part_of, stages
 
 OnEpoch = Callable[[EpochLine], None]
@@ -154,9 +154,12 @@ def _with_statistics(
 ) -> Progress:
     """Set stored statistics to those of the training slices; the base is measured before."""
     model, before = tuning.model, None
-    if validation is not None:
-        before = slice_dice(model.network.predict_on_batch, validation)
     adapted = AdaptedNetwork(model.network, tuning.plan)
+    if validation is not None:
+        assert model.loss is not None  # slices were prepared, so the loss was captured
+        adapted.write(tuning.start)
+        suffix = SuffixTraining(adapted, model.loss, tuning.settings.precision)
+        before = AdapterTraining.dice(*suffix.on(validation.without_weights()))
     start = recalibrate(adapted, model.file.weights, tuning.start, training)
     adapted.write(tuning.start)  # the network holds the base again, for what is attached next
     return replace(progress, base_dice=before, state=start, best=start)
@@ -190,7 +193,8 @@ def _train_stage(
         progress = replace(progress, state=progress.best)
     adapted.write(part_of(progress.state, stage.plan))  # statistics first: features depend on them
     suffix = SuffixTraining(adapted, loss, tuning.settings.precision)
-    training, batches = suffix.on(slices, cache)
+    # A run that began without room for features goes on without them, in the same bits.
+    training, batches = suffix.on(slices, cache if not own or own[-1].features else None)
     features = batches is not slices
     count, others = progress.slices
     to_train, unseen = Part(batches, 0, count), Part(batches, count, others)

@@ -161,14 +161,26 @@ class FineTuningFolder:
 
     Args:
         path: The folder; made if missing, and readable by its owner only: it holds images.
+
+    Raises:
+        RunError: There is such a folder, and it holds something else.
     """
 
     def __init__(self, path: Path) -> None:
+        known = any((path / name).exists() for name in ("run.json", "lock", "checkpoint.npz"))
+        if path.exists() and not known and any(path.iterdir()):
+            msg = f"{path}: expected a folder of a run, or none, got one that holds other files"
+            raise RunError(f"{msg}; choose another --run")
         self.path = private_folder(path)
         self.base = path / "base.model"
         self.report = path / "report.html"
         self.features = path / "features"
         self.bias_fields = path / "bias-fields"
+
+    @property
+    def started(self) -> bool:
+        """Whether a run was begun here."""
+        return (self.path / "run.json").exists()
 
     def begin(self, info: FineTuningInfo, plan: AdaptationPlan) -> FineTuningInfo:
         """Return the record of this run: ``info``, or that of the same run begun before.
@@ -177,7 +189,7 @@ class FineTuningFolder:
             RunError: A run with other settings, another base or other cases is in the folder.
         """
         path = self.path / "run.json"
-        if not path.exists():
+        if not self.started:
             write_atomic(self.path / "plan.json", plan.to_json().encode())
             write_atomic(path, info.model_dump_json(indent=2, by_alias=True).encode())
             return info

@@ -98,8 +98,11 @@ class PrefixCache:
         """Return whether ``size`` bytes may be written, after removing what is oldest."""
         private_folder(self.folder)  # features are as private as the images
         shutil.rmtree(folder, ignore_errors=True)  # damaged, else it would have been read
+        others = sorted(self.folder.iterdir(), key=lambda path: path.stat().st_mtime)
+        sizes = [_size(path) for path in others]
         free = shutil.disk_usage(self.folder).free
-        for room, reason in ((self.limit, "are allowed"), (free, "are free on the disk")):
+        could = free + sum(sizes)  # what others take can be given up
+        for room, reason in ((self.limit, "are allowed"), (could, "are free on the disk")):
             if size > room:
                 log.info(
                     "prefix cache: %.1f MiB are needed, %.1f MiB %s; training without it",
@@ -107,11 +110,9 @@ class PrefixCache:
                 )
                 return False
         log.info("prefix cache: keeping %.1f MiB", size / _MIB)
-        others = sorted(self.folder.iterdir(), key=lambda path: path.stat().st_mtime)
-        sizes = [_size(path) for path in others]
-        while sum(sizes) + size > self.limit:
+        while sum(sizes) + size > self.limit or size > free:
             shutil.rmtree(others.pop(0), ignore_errors=True)
-            sizes.pop(0)
+            free += sizes.pop(0)
         return True
 
     def _fill(self, folder: Path, network: SuffixNetwork, slices: PreparedSlices) -> None:

@@ -24,12 +24,15 @@ class LabelChoice:
     note: str = ""
 
 
-def choose_labels(given: ModelFile, data: DataFolder, wanted: str | None) -> LabelChoice:
+def choose_labels(
+    given: ModelFile, data: DataFolder, cases: Sequence[CaseRef], wanted: str | None
+) -> LabelChoice:
     """Return the labels of the new model.
 
     Args:
         given: The model.
         data: The images.
+        cases: Those of them that are used.
         wanted: ``base`` for the model's own labels, or label names with commas between them;
             None for its own if it knows all labels of the data, else for those of the data.
 
@@ -37,16 +40,17 @@ def choose_labels(given: ModelFile, data: DataFolder, wanted: str | None) -> Lab
         SettingsError: The data has no label of a wanted name.
     """
     own = own_labels(given)
+    drawn = dict.fromkeys(name for case in cases for name in label_names(case, data))
     if wanted == "base":
         return LabelChoice(None)
     if wanted is not None:
         chosen = tuple(name.strip() for name in wanted.split(","))
-        there = {_plain(name, chosen) for name in data.labels.values()}
+        there = {_plain(name, chosen) for name in drawn}
         if missing := [name for name in chosen if name not in there]:
             msg = f"labels: expected names of the data, {sorted(there)}, got {missing[0]!r}"
             raise SettingsError(msg)
         return LabelChoice(None if chosen == own else chosen)
-    names = tuple(dict.fromkeys(_plain(name, own) for name in data.labels.values()))
+    names = tuple(dict.fromkeys(_plain(name, own) for name in drawn))
     unknown = [name for name in names if name not in own]
     if not unknown:
         return LabelChoice(None)
@@ -74,17 +78,14 @@ def base_for(
         SettingsError: The labels cannot be used.
     """
     if labels is None:
-        if folder.base.exists():
-            msg = f"{folder.path}: the run was started with other labels; choose another --run"
-            raise RunError(msg)
         return given
     base = new_task(given, labels, seed)
-    if not folder.base.exists():
+    if not folder.started:
         write_model(base, folder.base)
-    kept = read_model(folder.base)
-    if kept.content_digest != base.content_digest:
-        msg = f"{folder.path}: the run was started with other labels; choose another --run"
-        raise RunError(msg)
+    kept = read_model(folder.base) if folder.base.exists() else None
+    if kept is None or kept.content_digest != base.content_digest:
+        msg = f"{folder.path}: the run was started with other labels, another model or seed"
+        raise RunError(f"{msg}; choose another --run")
     if not approvals.allows(kept.digest):
         approvals.add(kept, f"new labels on the approved {given.digest[:16]}")
     return kept

@@ -13,6 +13,7 @@ from dafne_federated.core.adapters import AdaptedNetwork
 from dafne_federated.core.approvals import Approvals
 from dafne_federated.core.class_weights import class_counts, pool_counts, reweighted
 from dafne_federated.core.dataset import CaseRef, DataFolder, load_case, split_persons
+from dafne_federated.core.errors import SettingsError
 from dafne_federated.core.files import sha256, write_atomic
 from dafne_federated.core.fine_tuning import FineTuned, FineTuning, fine_tune, plan_fine_tuning
 from dafne_federated.core.fine_tuning_folder import (
@@ -70,9 +71,18 @@ class FineTuningJob:
     command: str = ""
 
     def parts(self) -> dict[str, list[CaseRef]]:
-        """Return the cases for training, validation and test; no person is in two parts."""
+        """Return the cases for training, validation and test; no person is in two parts.
+
+        Raises:
+            SettingsError: Nobody is left to train on.
+        """
         dealt = split_persons(self.cases, self.shares, self.settings.seed)
-        return dict(zip(PARTS, dealt, strict=True))
+        parts = dict(zip(PARTS, dealt, strict=True))
+        if not parts["training"]:
+            persons = len({ref.person for ref in self.cases})
+            msg = f"shares: expected somebody to train on, got nobody of {persons} persons"
+            raise SettingsError(f"{msg}; give training a larger share")
+        return parts
 
 
 @dataclass(frozen=True)
@@ -114,13 +124,15 @@ def run_fine_tuning(job: FineTuningJob, stages: Stages) -> FineTuningOutcome:
         info = begun_with.model_copy(update={"settings": job.settings})  # the gate may be another
         begun = time.monotonic()
         with stages.stage("Preparing images", len(parts["training"] + parts["validation"])) as done:
-            slices = [
+            training, validation = (
                 _prepared(job, tuning, _cases(parts[name], job.data, done), folder)
-                for name in ("training", "validation")
                 if parts[name]
-            ]
+                else None
+                for name in ("training", "validation")
+            )
+        assert training is not None  # somebody is there to train on
         prepared = time.monotonic() - begun
-        tuned = _train(tuning, slices, folder, stages)
+        tuned = _train(tuning, training, validation, folder, stages)
         begun = time.monotonic()
         tested = parts["test"] if tuned.better else []
         rows, overlays = _test(job, tuning, tuned.state, tested, folder, stages)
@@ -191,7 +203,11 @@ def _cases(refs: Sequence[CaseRef], data: DataFolder, done: Advance) -> Iterator
 
 
 def _train(
-    tuning: FineTuning, slices: Sequence[PreparedSlices], folder: FineTuningFolder, stages: Stages
+    tuning: FineTuning,
+    training: PreparedSlices,
+    validation: PreparedSlices | None,
+    folder: FineTuningFolder,
+    stages: Stages,
 ) -> FineTuned:
     earlier = folder.progress()
     with stages.stage("Training", sum(stage.epochs for stage in tuning.stages)) as advance:
@@ -201,8 +217,6 @@ def _train(
 
         for line in earlier.lines if earlier else ():
             note(line)
-        training, validation = (*slices, None)[:2]
-        assert training is not None  # there is at least one person, and the first trains
         return fine_tune(tuning, training, validation, folder, note)
 
 
@@ -256,6 +270,9 @@ def _new_model(info: FineTuningInfo, tuning: FineTuning, tuned: FineTuned) -> Mo
         "validation_persons": info.persons["validation"],
         "validation_slices": validation,
         "validation_dice": {"base": progress.base_dice, "new": tuned.dice},
+        "statistics": settings.statistics,
+        "class_weights": settings.class_weights,
+        "precision": settings.precision,
         "seed": settings.seed,
         "software": info.versions,
         "date": datetime.fromtimestamp(info.created, UTC).date().isoformat(),

@@ -59,6 +59,14 @@ def test_what_cannot_be_is_refused_first(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_run_needs_a_folder_of_its_own(
+    tmp_path: Path, squares_folder: Path, no_work: None
+) -> None:
+    path = tmp_path / "a.model"
+    with pytest.raises(DafneFederatedError, match="expected another path than that of the run"):
+        raise run("x.model", squares_folder, "-o", path, "--run", path).exception
+
+
 def test_an_output_that_is_there_is_refused_first(
     tmp_path: Path, squares_folder: Path, no_work: None
 ) -> None:
@@ -254,5 +262,5 @@ class TestRuns:
         assert FineTuningFolder(tmp_path / "new.run").info().persons["training"] == 2
         again = run(trained.path, data, "-o", tmp_path / "b.model", *flags, "--labels", "base",
                     "--run", tmp_path / "new.run")  # fmt: skip
-        with pytest.raises(DafneFederatedError, match="started with other labels"):
+        with pytest.raises(DafneFederatedError, match="the run was started with"):
             raise again.exception

@@ -132,3 +132,14 @@ def test_features_and_corrected_images_do_not_stay(tmp_path: Path) -> None:
         (path / "image").touch()
     folder.clear()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
+    precious = tmp_path / "project" / "features" / "radiomics.csv"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("case,volume")
+    mode = precious.parent.parent.stat().st_mode
+    with pytest.raises(RunError, match="one that holds other files; choose another --run"):
+        FineTuningFolder(tmp_path / "project")
+    assert precious.parent.parent.stat().st_mode == mode
+    assert precious.read_text() == "case,volume"
