@@ -34,6 +34,10 @@ EPOCHS = 5
 SIDES = {
     "Dafne's incremental_learn": ("upstream", {}),
     "lora --layers decoder --rank 4": ("here", {"method": "lora", "layers": "decoder"}),
+    "the same, --precision bfloat16": (
+        "here",
+        {"method": "lora", "layers": "decoder", "precision": "bfloat16"},
+    ),
     "lora --rank 4": ("here", {"method": "lora"}),
     "head": ("here", {"method": "head"}),
 }
