@@ -168,7 +168,7 @@ def _round(message: Message, context: Context, train: bool) -> Message:
             "loss": result.loss,
             "seconds": result.seconds,
         }
-        arrays = state_record(without_factors(state, rule.absent), request.wire)
+        arrays = state_record(plan, without_factors(state, rule.absent), request.wire)
         return _round_reply(request, site, "ok", "", fields).to_record(arrays)
 
     return _answer(message, context, act, respond)

@@ -55,7 +55,7 @@ def run_rounds(grid: Grid, folder: RunFolder) -> None:
     members = gather(grid, folder, info, plan)
     pooled = pool_statistics(grid, folder, members, first_state(info, plan))
     if not done:
-        state = rounded(with_statistics(folder, state, pooled), info.settings.wire)
+        state = rounded(plan, with_statistics(folder, state, pooled), info.settings.wire)
     classes = pooled.classes
     for number in range(last + 1, info.settings.rounds + 2):
         line, state = _round(
@@ -69,7 +69,7 @@ def run_rounds(grid: Grid, folder: RunFolder) -> None:
 def first_state(info: RunInfo, plan: AdaptationPlan) -> State:
     """Return the state that a run starts from; it changes nothing."""
     state = initial_state(plan, zlib.crc32(f"{info.settings.seed}/initial state".encode()))
-    return rounded(state, info.settings.wire)
+    return rounded(plan, state, info.settings.wire)
 
 
 def _round(
@@ -103,7 +103,7 @@ def _round(
     )
     cuts = _cuts(plan, members, state, settings, number)
     contents = {
-        rank: request.to_record(state_record(cut.state, settings.wire))
+        rank: request.to_record(state_record(plan, cut.state, settings.wire))
         for rank, cut in cuts.by_rank.items()
     }
     sent = {site: contents[rank] for site, rank in cuts.ranks.items()}
@@ -156,7 +156,7 @@ def _round(
             folder.event("weighed", round=number, rule=settings.robust, shares=shares)
         aggregate = STRATEGIES[settings.strategy](plan, chosen)
         # What is kept and may be released is what the sites will get and evaluate.
-        state, error = rounded(aggregate.state, settings.wire), aggregate.error
+        state, error = rounded(plan, aggregate.state, settings.wire), aggregate.error
         log.info("round %d: aggregation error %.2g", number, error)
     line = RoundLine(
         round=number,
@@ -180,7 +180,8 @@ def _cuts(
     ranks = site_ranks(plan, state, {s: members.ranks[s] for s in members.nodes}, rules.grows)
     seed = zlib.crc32(f"{settings.seed}/new directions/{number}".encode())
     cuts = {rank: at_rank(plan, state, rank, seed) for rank in sorted(set(ranks.values()))}
-    return Cuts(ranks, {r: Cut(rounded(c.state, settings.wire), c.rest) for r, c in cuts.items()})
+    wire = settings.wire
+    return Cuts(ranks, {r: Cut(rounded(plan, c.state, wire), c.rest) for r, c in cuts.items()})
 
 
 def _site_round(plan: AdaptationPlan, answer: Answer, down: int, up: int) -> SiteRound:

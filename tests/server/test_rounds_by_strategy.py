@@ -91,7 +91,7 @@ def test_pooled_statistics_stay_as_they_are_through_every_round(
     run_rounds(grid, folder)
     plan, info, pooled = folder.plan(), folder.info(), folder.pooled()
     assert pooled is not None
-    first = rounded(with_statistics(folder, first_state(info, plan), pooled), wire)
+    first = rounded(plan, with_statistics(folder, first_state(info, plan), pooled), wire)
     for line in folder.rounds():
         assert {site.status for site in line.sites.values()} == {"ok"}
         state = folder.state_after(line.round)

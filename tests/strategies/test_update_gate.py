@@ -184,10 +184,10 @@ def test_the_request_says_in_which_type_an_update_comes(
     make_state: Callable[..., State],
 ) -> None:
     half = request_.model_copy(update={"wire": "float16"})
-    content = reply.to_record(state_record(make_state(0), "float16"))
+    content = reply.to_record(state_record(small_plan, make_state(0), "float16"))
     verdict = judge("site-a", content, half, small_plan, 1000)
     assert verdict.update is not None
-    for key, value in rounded(make_state(0), "float16").items():
+    for key, value in rounded(small_plan, make_state(0), "float16").items():
         np.testing.assert_array_equal(verdict.update.state[key], value)
     assert "float32, got" in judge("site-a", content, request_, small_plan, 1000).reason
     whole = judge("site-a", reply.to_record(make_state(0)), half, small_plan, 1000)
