@@ -151,7 +151,7 @@ def _round(
             msg = f"round {number}: expected {settings.min_sites} updates, got {got}"
             raise RunError(msg)
         chosen = ROBUST_RULES[settings.robust](plan, updates, settings.bad_sites)
-        if settings.robust != "none":
+        if settings.robust != "none" or any(update.share < 1 for update in chosen):
             shares = {update.site: update.share for update in chosen}
             folder.event("weighed", round=number, rule=settings.robust, shares=shares)
         aggregate = STRATEGIES[settings.strategy](plan, chosen)
