@@ -19,7 +19,7 @@ from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.rank_cut import Cut, Cuts, at_rank, site_ranks
 from dafne_federated.core.run_folder import RoundLine, RunFolder, RunInfo, SiteRound
 from dafne_federated.core.settings import RunSettings
-from dafne_federated.core.state import State, initial_state, state_rank
+from dafne_federated.core.state import State, initial_state, state_rank, without_factors
 from dafne_federated.core.strategy_table import STRATEGY_TABLE, round_rule
 from dafne_federated.core.wire import (
     EVALUATE_STATE,
@@ -125,7 +125,9 @@ def _round(
     )
     silent = Answer(Verdict("silent", f"no answer within {settings.deadline:g} s"))
     answers = {site: received.get(site, silent) for site in sorted(members.nodes)}
-    known, ratio = update_norm(plan, state), settings.max_norm_ratio
+    # Like what comes back: a factor that stays at the sites does not count.
+    known = update_norm(plan, without_factors(state, rule.personal))
+    ratio = settings.max_norm_ratio
     answers = without_outliers(answers, known, folder.rounds(), ratio)
     updates = [answer.verdict.update for answer in answers.values() if answer.verdict.update]
     first = number == joined

@@ -230,6 +230,21 @@ def test_a_site_that_suddenly_shouts_is_refused_by_its_own_history(
     assert first.update_norm == pytest.approx(norms, rel=0.5)
 
 
+def test_with_a_shared_factor_a_site_that_missed_a_round_is_taken_back(
+    new_run: Make, make_grid: Make
+) -> None:
+    folder = new_run(strategy="shared-a", deadline=1.0, max_norm_ratio=4.0)
+    grid = make_grid(folder)
+
+    def miss(message: Message, content: RecordDict) -> RecordDict | None:
+        return None if message.metadata.group_id == "1" else content
+
+    list(grid.sites.values())[1].change = miss
+    run_rounds(grid, folder)
+    found = [(line.sites["site-b"].status, line.sites["site-b"].reason) for line in folder.rounds()]
+    assert found == [("silent", "no answer within 1 s"), *[("ok", "")] * 3]
+
+
 @pytest.mark.parametrize("robust", ["clipped", "krum", "multi-krum", "geometric-median"])
 def test_a_robust_rule_is_applied_and_told(new_run: Make, make_grid: Make, robust: str) -> None:
     folder = new_run(robust=robust, min_sites=5)
