@@ -189,10 +189,16 @@ def _cuts(
 def _site_round(plan: AdaptationPlan, answer: Answer, down: int, up: int) -> SiteRound:
     fields: dict[str, object] = {}
     verdict = answer.verdict
-    if (reply := verdict.reply) is not None and verdict.status == "ok":
+    if (reply := verdict.reply) is not None and reply.status == "ok":
         measured = zip(plan.labels, reply.dice, reply.dice_cases, strict=False)
         rows = [(label, value if count else None, count) for label, value, count in measured]
+        # The Dice is of what was sent, and counts whatever became of the update.
         fields = {
+            "dice": {label: value for label, value, _ in rows},
+            "dice_cases": {label: count for label, _, count in rows},
+        }
+    if reply is not None and verdict.status == "ok":
+        fields |= {
             "training_cases": reply.training_cases,
             "training_slices": reply.training_slices,
             "loss": reply.loss,
@@ -200,8 +206,6 @@ def _site_round(plan: AdaptationPlan, answer: Answer, down: int, up: int) -> Sit
             "evaluation_seconds": reply.evaluation_seconds,
             "device": reply.device,
             "update_norm": answer.norm,
-            "dice": {label: value for label, value, _ in rows},
-            "dice_cases": {label: count for label, _, count in rows},
         }
     return SiteRound.model_validate(
         {

@@ -209,6 +209,11 @@ def test_an_update_out_of_proportion_is_refused(
     list(grid.sites.values())[1].change = spoil
     run_rounds(grid, folder)
     assert words in folder.rounds()[0].sites["site-b"].reason
+    # Its Dice is of what it was sent, and honest whatever its update is.
+    dice = [line.sites["site-b"].dice for line in folder.rounds()]
+    assert dice == [line.sites["site-a"].dice for line in folder.rounds()]
+    assert all(dice)
+    assert folder.rounds()[0].sites["site-b"].training_cases == 0
     assert final(folder) == final(alone)
 
 
