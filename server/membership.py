@@ -19,6 +19,7 @@ from dafne_federated.core.wire import (
     Offer,
     OfferReply,
     array_record,
+    plain,
     record_bytes,
 )
 from dafne_federated.server.exchange import Replies, exchange, wait_for_nodes
@@ -84,7 +85,7 @@ def gather(grid: Grid, folder: RunFolder, info: RunInfo, plan: AdaptationPlan) -
         try:
             reply = OfferReply.from_record(content)
         except DafneFederatedError as error:
-            members.declined[registered.get(node) or number] = str(error)
+            members.declined[registered.get(node) or number] = plain(error)
             continue
         name = registered.get(node) or reply.site
         if name in members.nodes:
@@ -148,7 +149,7 @@ def _send_base(
             try:
                 reply = BaseReply.from_record(answer)
             except DafneFederatedError as error:
-                reason = str(error)
+                reason = plain(error)
             else:
                 reason = "" if reply.status == "stored" else reply.reason or reply.status
         if reason:

@@ -12,7 +12,7 @@ from dafne_federated.core.class_weights import ClassCounts
 from dafne_federated.core.errors import DafneFederatedError, StateError
 from dafne_federated.core.moments import Moments
 from dafne_federated.core.plan import AdaptationPlan
-from dafne_federated.core.wire import StatisticsReply, StatisticsRequest
+from dafne_federated.core.wire import StatisticsReply, StatisticsRequest, plain
 from dafne_federated.core.wire_arrays import take_arrays
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def judge_statistics(
         found = _moments(content, reply.slices, plan, request.number)
         return Answer("shared", slices=reply.slices, moments=found)
     except DafneFederatedError as error:
-        return Answer("refused", str(error))
+        return Answer("refused", plain(error))
     except Exception:  # what a site sends must never end the run
         log.exception("an answer of %s cannot be read", site)
         return Answer("refused", "its answer cannot be read")

@@ -12,7 +12,7 @@ from flwr.app import RecordDict
 from dafne_federated.core.errors import DafneFederatedError, StateError
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.state import state_rank
-from dafne_federated.core.wire import RoundReply, RoundRequest
+from dafne_federated.core.wire import RoundReply, RoundRequest, plain
 from dafne_federated.core.wire_arrays import take_state
 from dafne_federated.strategies.aggregation import Update
 
@@ -103,7 +103,7 @@ def judge(
                 msg = f"array {key!r}: expected values within {_LARGEST_VALUE:g}, got {largest:.3g}"
                 raise StateError(msg)
     except DafneFederatedError as error:
-        return Verdict("refused", str(error), checked)
+        return Verdict("refused", plain(error), checked)
     except Exception:  # what a site sends must never end the round
         log.exception("a reply of %s cannot be read", site)
         return Verdict("refused", "its reply cannot be read", checked)
