@@ -35,14 +35,16 @@ def keep_all(_plan: AdaptationPlan, updates: Sequence[Update], _bad: int) -> lis
 def clipped(plan: AdaptationPlan, updates: Sequence[Update], _bad: int) -> list[Update]:
     """Return the updates with none larger than the median one, by scaling ``b`` and arrays.
 
-    Scaling ``b`` alone scales the product, so the direction of an update stays.
+    Scaling ``b`` alone scales the product, so the direction of an update stays. An update is
+    all that a site would change about the base so far, not its change of this round. Of an even
+    number the lower middle one is the bound: the mean of two would let the larger set it.
 
     Source:
         Clipping of updates as in https://arxiv.org/abs/1911.07963, with the median norm of the
         round as the bound.
     """
     norms = {update.site: update_norm(plan, update.state) for update in updates}
-    bound = statistics.median(norms.values())
+    bound = statistics.median_low(norms.values())
     return [
         replace(update, state=_scaled(plan, update.state, bound / norms[update.site]))
         if norms[update.site] > bound

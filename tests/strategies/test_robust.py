@@ -159,3 +159,13 @@ def test_a_far_update_hardly_moves_the_geometric_median_however_far_it_is(
     far = replace(bad, state={k: v * np.float32(30) for k, v in bad.state.items()})
     one, two = middle(bad), middle(far)
     assert np.linalg.norm(one - two) < 0.02 * np.linalg.norm(one)
+
+
+def test_of_two_updates_the_smaller_is_the_bound(
+    small_plan: AdaptationPlan, make_state: Make
+) -> None:
+    small, large = Update("site 0", make_state(0), 1), bad_update(make_state)
+    for one, other in ROBUST_RULES["clipped"](small_plan, [small, large], 1), (small, small):
+        assert one is small
+        norm = update_norm(small_plan, other.state)
+        assert norm == pytest.approx(update_norm(small_plan, small.state), rel=1e-5)
