@@ -366,3 +366,22 @@ def test_two_sites_of_one_name_are_not_mixed_up(new_run: Make, make_grid: Make) 
     assert sorted(folder.rounds()[0].sites) == ["site-a", "site-b"]
     (members,) = [event for event in folder.events() if event["event"] == "members"]
     assert "another site is called 'site-b'" in str(members["declined"])
+
+
+def test_a_rank_of_its_own_keeps_no_site_out_of_a_run_without_pairs(
+    new_run: Make, make_grid: Make
+) -> None:
+    pairs = new_run()
+    whole = tuple(target for target in pairs.plan().targets if not target.low_rank)
+    plan = pairs.plan().model_copy(update={"targets": whole})
+    info = new_run(strategy="fedavg", method="head").info()
+    info = info.model_copy(update={"plan_digest": plan.digest})
+    folder = RunFolder.create(pairs.path.parent / "whole", info, plan, pairs.base_bytes())
+    grid = make_grid(folder)
+    list(grid.sites.values())[1].rank = 99
+    run_rounds(grid, folder)
+    for line in folder.rounds():
+        assert line.whole
+        assert {name: site.status for name, site in line.sites.items()} == dict.fromkeys(
+            ("site-a", "site-b", "site-c"), "ok"
+        )
