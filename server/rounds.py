@@ -155,6 +155,8 @@ def _round(
         chosen = ROBUST_RULES[settings.robust](plan, updates, settings.bad_sites)
         if settings.robust != "none" or any(update.share < 1 for update in chosen):
             shares = {update.site: update.share for update in chosen}
+            for site in sites:
+                sites[site] = sites[site].model_copy(update={"share": shares.get(site, 0.0)})
             folder.event("weighed", round=number, rule=settings.robust, shares=shares)
         aggregate = STRATEGIES[settings.strategy](plan, chosen)
         # What is kept and may be released is what the sites will get and evaluate.

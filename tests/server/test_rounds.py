@@ -11,6 +11,7 @@ from dafne_federated.core.errors import RunError
 from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.core.state import state_bytes
 from dafne_federated.core.strategy_table import STRATEGY_TABLE
+from dafne_federated.server.release import provenance
 from dafne_federated.server.rounds import run_rounds
 from dafne_federated.strategies.outliers import update_norm
 
@@ -259,6 +260,11 @@ def test_a_robust_rule_is_applied_and_told(new_run: Make, make_grid: Make, robus
     assert [event["rule"] for event in told] == [robust] * 3
     used = {"krum": 1, "multi-krum": 4}.get(robust, 5)
     assert [len(event["shares"]) for event in told] == [used] * 3
+    for event, line in zip(told, folder.rounds(), strict=False):
+        assert {n: s.share for n, s in line.sites.items() if s.share > 0} == event["shares"]
+    history = provenance(folder.info(), folder.plan(), folder.rounds(), 1)
+    assert (history["robust"], history["bad_sites"], history["wire"]) == (robust, 1, "float32")
+    assert history["sites"] == used
     plain = new_run(min_sites=5)
     run_rounds(make_grid(plain, "abcde"), plain)
     assert final(folder) != final(plain)
@@ -288,7 +294,6 @@ def test_updates_lie_in_a_private_folder_until_the_round_ends(
 
 def test_sites_may_change_between_a_stop_and_going_on(new_run: Make, make_grid: Make) -> None:
     from dafne_federated.core.run_folder import RunFolder as Folder
-    from dafne_federated.server.release import provenance
 
     folder = new_run()
     grid = make_grid(folder, "abc")
