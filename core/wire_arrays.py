@@ -153,8 +153,8 @@ def _cast(
         return state
     with np.errstate(over="ignore"):
         exact = plan.state_shapes(trained=False)
-        cast = {
-            name: array.astype(np.float32 if name in exact else np.float16)
+        cast: dict[str, npt.NDArray[np.floating]] = {
+            name: array if name in exact else array.astype(np.float16)
             for name, array in state.items()
         }
     for name, array in cast.items():
