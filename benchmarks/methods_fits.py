@@ -244,7 +244,7 @@ def _fit(fits, name, rate, seed, file, states):
     state, history, seconds, validation = fits.fit(rate, seed)
     np.savez(_state(states, name, rate, seed), **state)
     sizes = [
-        record_bytes(RecordDict({"arrays": state_record(state, wire)}))
+        record_bytes(RecordDict({"arrays": state_record(fits.plan, state, wire)}))
         for wire in ("float32", "float16")
     ]
     line = {
@@ -268,7 +268,7 @@ def _test(shared, fits, name, rate, seed, state, file):
     begun = time.process_time()
     line = {"kind": "test", "arm": name, "rate": rate, "seed": seed}
     with np.load(shared.folder / "test.npz") as seen:
-        for key, kept in (("persons", state), ("half", rounded(state, "float16"))):
+        for key, kept in (("persons", state), ("half", rounded(fits.plan, state, "float16"))):
             line[key] = {}
             for case in shared.cases("test"):
                 outputs = fits.outputs(kept, seen[case.name])

@@ -27,6 +27,7 @@ from dafne_federated.core.wire import (
     RoundRequest,
     StatisticsReply,
     StatisticsRequest,
+    plain,
 )
 from dafne_federated.core.wire_arrays import state_record, take_arrays, take_bytes, take_state
 
@@ -168,7 +169,7 @@ def _round(message: Message, context: Context, train: bool) -> Message:
             "loss": result.loss,
             "seconds": result.seconds,
         }
-        arrays = state_record(without_factors(state, rule.absent), request.wire)
+        arrays = state_record(plan, without_factors(state, rule.absent), request.wire)
         return _round_reply(request, site, "ok", "", fields).to_record(arrays)
 
     return _answer(message, context, act, respond)
@@ -191,7 +192,7 @@ def _answer(
         content = act(site)
     except (ApprovalError, MessageError, StateError) as error:  # our own words, no names in them
         log.warning("refused: %s", error)
-        content = respond(site, "refused", _plain(str(error))) if content else content
+        content = respond(site, "refused", plain(error)) if content else content
     except Exception:  # nothing of it may leave the site
         log.exception("the site failed")
     return Message(content, reply_to=message)
@@ -238,8 +239,3 @@ def _round_reply(
             **fields,
         }
     )
-
-
-def _plain(text: str) -> str:
-    """Return text without anything but printable characters, at most 500 of them."""
-    return "".join(c if c.isprintable() else "?" for c in text)[:500]

@@ -79,7 +79,8 @@ class Site:
                 does not allow the site's rank.
         """
         self.require_consent(plan.base_digest)
-        if (self.settings.rank or 0) > plan.max_rank:
+        pairs = any(target.low_rank for target in plan.targets)
+        if pairs and (self.settings.rank or 0) > plan.max_rank:
             msg = f"this site trains at rank {self.settings.rank}, the plan allows {plan.max_rank}"
             raise ApprovalError(msg)
         self.cache.keep_plan(run, plan)

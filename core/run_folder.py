@@ -79,6 +79,7 @@ class SiteRound(BaseModel):
         dice_cases: Validation cases behind each Dice.
         device: What it ran on.
         update_norm: How far its update moves the base; see ``strategies/outliers.py``.
+        share: How much of its weight a robust rule or the cap left; 0 if it was left out.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -96,6 +97,7 @@ class SiteRound(BaseModel):
     dice_cases: dict[str, int] = Field(default_factory=dict)
     device: str = ""
     update_norm: float = 0.0
+    share: float = 1.0
 
 
 class RoundLine(BaseModel):

@@ -129,6 +129,12 @@ class RunSettings(BaseModel):
             check_combination(self.strategy, self.robust, self.bad_sites, self.min_sites, pairs)
         except SettingsError as error:
             raise ValueError(str(error)) from None
+        if self.robust != "none" and "pooled" in (self.statistics, self.class_weights):
+            msg = (
+                f"robust {self.robust!r} does not cover what sites pool; take statistics 'base' "
+                "and class-weights 'case', or robust 'none'"
+            )
+            raise ValueError(msg)
         return self
 
     def learning_rate_in(self, number: int) -> float:

@@ -266,6 +266,14 @@ class RoundReply(WireMessage):
     dice_cases: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
 
 
+def plain(text: object) -> str:
+    """Return text for a ``Reason``: printable characters only, at most 500 of them.
+
+    An error may quote names that the other side chose.
+    """
+    return "".join(c if c.isprintable() else "?" for c in str(text)[:500])
+
+
 def array_record(arrays: Mapping[str, npt.NDArray[Any]]) -> ArrayRecord:
     """Return arrays as a Flower record, in the order of their names."""
     return ArrayRecord({k: Array(np.ascontiguousarray(arrays[k])) for k in sorted(arrays)})

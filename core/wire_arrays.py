@@ -1,7 +1,9 @@
 """Put states into messages, and take arrays out without trusting them: size and shape first.
 
 A state may travel as float16, which halves the bytes. Its values are then those that float16
-has, at both ends: what a site evaluates is the state that the server keeps.
+has, at both ends: what a site evaluates is the state that the server keeps. Stored statistics
+are left out of that and travel as float32 always: a variance that is small beside the base's
+is their difference, and a few digits less would turn it negative.
 """
 
 import io
@@ -22,19 +24,20 @@ from dafne_federated.core.wire import array_record
 _HEADER = 1024
 
 
-def state_record(state: State, wire: WireType) -> ArrayRecord:
-    """Return a state as it travels.
+def state_record(plan: AdaptationPlan, state: State, wire: WireType) -> ArrayRecord:
+    """Return a state of ``plan`` as it travels.
 
     Raises:
         StateError: See ``rounded``.
     """
-    return array_record(_cast(state, wire))
+    return array_record(_cast(plan, state, wire))
 
 
-def rounded(state: State, wire: WireType) -> State:
+def rounded(plan: AdaptationPlan, state: State, wire: WireType) -> State:
     """Return the state that arrives where ``state`` is sent: float32, with fewer digits.
 
-    A value moves by at most 2**-11 of itself, by at most 2**-25 where it is below 2**-14.
+    A value moves by at most 2**-11 of itself, by at most 2**-25 where it is below 2**-14;
+    stored statistics do not move.
 
     Raises:
         StateError: A value is too large for the type that travels, or not finite.
@@ -42,7 +45,7 @@ def rounded(state: State, wire: WireType) -> State:
     Source:
         IEEE 754, binary16: 11 significant bits, smallest step 2**-24, largest value 65504.
     """
-    return {name: array.astype(np.float32) for name, array in _cast(state, wire).items()}
+    return {name: array.astype(np.float32) for name, array in _cast(plan, state, wire).items()}
 
 
 def take_state(
@@ -81,16 +84,25 @@ def take_state(
         msg = f"rank: expected 1 to {plan.max_rank}, got {rank}"
         raise StateError(msg)
     shapes = without_factors(plan.state_shapes(rank), absent)
-    arrays = take_arrays(content, shapes, wire)
+    arrays = take_arrays(content, shapes, wire, plan.state_shapes(trained=False))
     state = {name: array.astype(np.float32, copy=False) for name, array in arrays.items()}
     check_state(plan, state, absent)
     return state
 
 
 def take_arrays(
-    content: RecordDict, shapes: Mapping[str, tuple[int, ...]], dtype: str = "float32"
+    content: RecordDict,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: str = "float32",
+    exact: Collection[str] = (),
 ) -> dict[str, npt.NDArray[Any]]:
     """Return the arrays of these names and shapes, all of them finite.
+
+    Args:
+        content: The message.
+        shapes: By name.
+        dtype: The type of their values.
+        exact: Names of those that are float32 whatever ``dtype`` is.
 
     Raises:
         StateError: A name is missing or unknown, or a shape, dtype or value is wrong.
@@ -103,7 +115,10 @@ def take_arrays(
         )
         msg = f"arrays differ from the plan: missing {missing[:5]}, unknown {unknown[:5]}"
         raise StateError(msg)
-    arrays = {name: _parse(name, record[name], shapes[name], dtype) for name in sorted(shapes)}
+    arrays = {
+        name: _parse(name, record[name], shapes[name], "float32" if name in exact else dtype)
+        for name in sorted(shapes)
+    }
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             bad = int((~np.isfinite(array)).sum())
@@ -130,12 +145,18 @@ def take_bytes(content: RecordDict, name: str, limit: int) -> bytes:
         raise MessageError(msg) from None
 
 
-def _cast(state: State, wire: WireType) -> Mapping[str, npt.NDArray[np.floating]]:
+def _cast(
+    plan: AdaptationPlan, state: State, wire: WireType
+) -> Mapping[str, npt.NDArray[np.floating]]:
     """Return the values in the type that travels, checked: a cast must not make infinities."""
     if wire == "float32":
         return state
     with np.errstate(over="ignore"):
-        cast = {name: array.astype(np.float16) for name, array in state.items()}
+        exact = plan.state_shapes(trained=False)
+        cast: dict[str, npt.NDArray[np.floating]] = {
+            name: array if name in exact else array.astype(np.float16)
+            for name, array in state.items()
+        }
     for name, array in cast.items():
         if not np.isfinite(array).all():
             limit, got = np.finfo(np.float16).max, np.abs(state[name]).max()

@@ -84,6 +84,8 @@ def without_outliers(
             before[site] = max(before[site], line.sites[site].update_norm)
     reasons = grown_too_fast(norms, before, ratio) | too_large(norms, ratio)
     return dict(answers) | {
-        site: replace(answers[site], verdict=Verdict("refused", reason))
+        site: replace(
+            answers[site], verdict=Verdict("refused", reason, answers[site].verdict.reply)
+        )
         for site, reason in reasons.items()
     }

@@ -19,6 +19,7 @@ from dafne_federated.core.wire import (
     Offer,
     OfferReply,
     array_record,
+    plain,
     record_bytes,
 )
 from dafne_federated.server.exchange import Replies, exchange, wait_for_nodes
@@ -75,6 +76,7 @@ def gather(grid: Grid, folder: RunFolder, info: RunInfo, plan: AdaptationPlan) -
     )  # fmt: skip
     registered = {n.node_id: getattr(n, "name", "") for n in grid.get_nodes()}
     members = Members({}, {}, {}, {}, {}, {})
+    pairs = any(target.low_rank for target in plan.targets)
     needing = []
     for number, content in sorted(replies.items()):
         node = by_number[number]
@@ -84,18 +86,19 @@ def gather(grid: Grid, folder: RunFolder, info: RunInfo, plan: AdaptationPlan) -
         try:
             reply = OfferReply.from_record(content)
         except DafneFederatedError as error:
-            members.declined[registered.get(node) or number] = str(error)
+            members.declined[registered.get(node) or number] = plain(error)
             continue
         name = registered.get(node) or reply.site
+        rank = reply.rank if pairs else None  # whole arrays have none
         if name in members.nodes:
             members.declined[number] = f"another site is called {name!r} already"
         elif reply.status not in ("have", "need"):
             members.declined[name] = reply.reason
-        elif reason := _wrong_rank(reply.rank, plan, settings.strategy):
+        elif reason := _wrong_rank(rank, plan, settings.strategy):
             members.declined[name] = reason
         else:
             members.nodes[name] = node
-            members.ranks[name] = reply.rank
+            members.ranks[name] = rank
             members.cases[name] = min(reply.training_cases, settings.max_cases)
             members.bytes_down[name] = record_bytes(offer)
             members.bytes_up[name] = record_bytes(content)
@@ -148,7 +151,7 @@ def _send_base(
             try:
                 reply = BaseReply.from_record(answer)
             except DafneFederatedError as error:
-                reason = str(error)
+                reason = plain(error)
             else:
                 reason = "" if reply.status == "stored" else reply.reason or reply.status
         if reason:

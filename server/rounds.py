@@ -19,7 +19,7 @@ from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.rank_cut import Cut, Cuts, at_rank, site_ranks
 from dafne_federated.core.run_folder import RoundLine, RunFolder, RunInfo, SiteRound
 from dafne_federated.core.settings import RunSettings
-from dafne_federated.core.state import State, initial_state, state_rank
+from dafne_federated.core.state import State, initial_state, state_rank, without_factors
 from dafne_federated.core.strategy_table import STRATEGY_TABLE, round_rule
 from dafne_federated.core.wire import (
     EVALUATE_STATE,
@@ -55,7 +55,7 @@ def run_rounds(grid: Grid, folder: RunFolder) -> None:
     members = gather(grid, folder, info, plan)
     pooled = pool_statistics(grid, folder, members, first_state(info, plan))
     if not done:
-        state = rounded(with_statistics(folder, state, pooled), info.settings.wire)
+        state = rounded(plan, with_statistics(folder, state, pooled), info.settings.wire)
     classes = pooled.classes
     for number in range(last + 1, info.settings.rounds + 2):
         line, state = _round(
@@ -69,7 +69,7 @@ def run_rounds(grid: Grid, folder: RunFolder) -> None:
 def first_state(info: RunInfo, plan: AdaptationPlan) -> State:
     """Return the state that a run starts from; it changes nothing."""
     state = initial_state(plan, zlib.crc32(f"{info.settings.seed}/initial state".encode()))
-    return rounded(state, info.settings.wire)
+    return rounded(plan, state, info.settings.wire)
 
 
 def _round(
@@ -103,7 +103,7 @@ def _round(
     )
     cuts = _cuts(plan, members, state, settings, number)
     contents = {
-        rank: request.to_record(state_record(cut.state, settings.wire))
+        rank: request.to_record(state_record(plan, cut.state, settings.wire))
         for rank, cut in cuts.by_rank.items()
     }
     sent = {site: contents[rank] for site, rank in cuts.ranks.items()}
@@ -125,7 +125,9 @@ def _round(
     )
     silent = Answer(Verdict("silent", f"no answer within {settings.deadline:g} s"))
     answers = {site: received.get(site, silent) for site in sorted(members.nodes)}
-    known, ratio = update_norm(plan, state), settings.max_norm_ratio
+    # Like what comes back: a factor that stays at the sites does not count.
+    known = update_norm(plan, without_factors(state, rule.personal))
+    ratio = settings.max_norm_ratio
     answers = without_outliers(answers, known, folder.rounds(), ratio)
     updates = [answer.verdict.update for answer in answers.values() if answer.verdict.update]
     first = number == joined
@@ -151,12 +153,14 @@ def _round(
             msg = f"round {number}: expected {settings.min_sites} updates, got {got}"
             raise RunError(msg)
         chosen = ROBUST_RULES[settings.robust](plan, updates, settings.bad_sites)
-        if settings.robust != "none":
+        if settings.robust != "none" or any(update.share < 1 for update in chosen):
             shares = {update.site: update.share for update in chosen}
+            for site in sites:
+                sites[site] = sites[site].model_copy(update={"share": shares.get(site, 0.0)})
             folder.event("weighed", round=number, rule=settings.robust, shares=shares)
         aggregate = STRATEGIES[settings.strategy](plan, chosen)
         # What is kept and may be released is what the sites will get and evaluate.
-        state, error = rounded(aggregate.state, settings.wire), aggregate.error
+        state, error = rounded(plan, aggregate.state, settings.wire), aggregate.error
         log.info("round %d: aggregation error %.2g", number, error)
     line = RoundLine(
         round=number,
@@ -180,16 +184,23 @@ def _cuts(
     ranks = site_ranks(plan, state, {s: members.ranks[s] for s in members.nodes}, rules.grows)
     seed = zlib.crc32(f"{settings.seed}/new directions/{number}".encode())
     cuts = {rank: at_rank(plan, state, rank, seed) for rank in sorted(set(ranks.values()))}
-    return Cuts(ranks, {r: Cut(rounded(c.state, settings.wire), c.rest) for r, c in cuts.items()})
+    wire = settings.wire
+    return Cuts(ranks, {r: Cut(rounded(plan, c.state, wire), c.rest) for r, c in cuts.items()})
 
 
 def _site_round(plan: AdaptationPlan, answer: Answer, down: int, up: int) -> SiteRound:
     fields: dict[str, object] = {}
     verdict = answer.verdict
-    if (reply := verdict.reply) is not None and verdict.status == "ok":
+    if (reply := verdict.reply) is not None and reply.status == "ok":
         measured = zip(plan.labels, reply.dice, reply.dice_cases, strict=False)
         rows = [(label, value if count else None, count) for label, value, count in measured]
+        # The Dice is of what was sent, and counts whatever became of the update.
         fields = {
+            "dice": {label: value for label, value, _ in rows},
+            "dice_cases": {label: count for label, _, count in rows},
+        }
+    if reply is not None and verdict.status == "ok":
+        fields |= {
             "training_cases": reply.training_cases,
             "training_slices": reply.training_slices,
             "loss": reply.loss,
@@ -197,8 +208,6 @@ def _site_round(plan: AdaptationPlan, answer: Answer, down: int, up: int) -> Sit
             "evaluation_seconds": reply.evaluation_seconds,
             "device": reply.device,
             "update_norm": answer.norm,
-            "dice": {label: value for label, value, _ in rows},
-            "dice_cases": {label: count for label, _, count in rows},
         }
     return SiteRound.model_validate(
         {

@@ -40,7 +40,13 @@ from dafne_federated.core.wire import (
 )
 from dafne_federated.server.exchange import Replies, exchange
 from dafne_federated.server.membership import Members
-from dafne_federated.strategies.statistics_gate import Answer, judge_statistics, other_grids
+from dafne_federated.strategies.statistics_gate import (
+    Answer,
+    capped_moments,
+    far_moments,
+    judge_statistics,
+    other_grids,
+)
 from dafne_federated.strategies.update_gate import judge
 
 log = logging.getLogger(__name__)
@@ -82,7 +88,7 @@ def pool_statistics(
     base = parse_model(folder.base_bytes()).weights if plan.normalisations else {}
     for number in range(len(plan.normalisations)):
         answers = pool.ask("moments", number, pooled_state(plan, base, found))
-        together = pool_moments([a.moments for a in answers if a.moments])
+        together = pool_moments(capped_moments([a.moments for a in answers if a.moments]))
         found.append(
             PooledMoments(
                 slices=together.count,
@@ -167,7 +173,7 @@ class _Pool:
             if answers[site].status == "shared" and before not in (0, answers[site].slices):
                 reason = f"training slices: expected {before} as before, got {answers[site].slices}"
                 answers[site] = Answer("refused", reason)
-        for site, reason in other_grids(answers).items():
+        for site, reason in (other_grids(answers) | far_moments(answers)).items():
             answers[site] = Answer("refused", reason)
         for site, answer in answers.items():
             self._note(site, answer)

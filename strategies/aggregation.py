@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ class Update:
         state: Its state after local training, checked; in memory, or read from disk where it
             is asked for. Factors that stay at the site are not in it.
         cases: Training cases, the site's weight.
-        share: How much of that weight a robust rule leaves.
+        share: How much of that weight a robust rule or the cap leaves.
     """
 
     site: str
@@ -106,6 +106,26 @@ def in_order(updates: Sequence[Update]) -> tuple[list[Update], list[float]]:
     parts = [update.cases * update.share for update in ordered]
     total = math.fsum(parts)
     return ordered, [part / total for part in parts]
+
+
+def capped(updates: Sequence[Update]) -> list[Update]:
+    """Return the updates with shares such that no site outweighs all others together.
+
+    Numbers of cases are claims. From three sites on, one that claims more than half of all
+    counts as half: it can pull the mean, and not be the mean. One or two sites stay as they are.
+
+    Source:
+        Weights from sample counts, capped. One half is what no mean or median can bear of bad
+        weight, https://arxiv.org/abs/1912.13445.
+    """
+    ordered, weights = in_order(updates)
+    largest = max(range(len(ordered)), key=weights.__getitem__)
+    others = math.fsum(weights[:largest] + weights[largest + 1 :])
+    if len(ordered) < 3 or not 0 < others < weights[largest]:
+        return list(updates)
+    much = ordered[largest]
+    less = replace(much, share=much.share * others / weights[largest])
+    return [less if update is much else update for update in updates]
 
 
 def mean_arrays(updates: Sequence[Update], names: Iterable[str]) -> State:

@@ -16,7 +16,7 @@ from dafne_federated.core.errors import StateError
 from dafne_federated.core.low_rank import Wide, product_gram
 from dafne_federated.core.plan import AdaptationPlan, Target
 from dafne_federated.core.strategy_table import least_sites
-from dafne_federated.strategies.aggregation import Arrays, Update, in_order
+from dafne_federated.strategies.aggregation import Arrays, Update, capped, in_order
 from dafne_federated.strategies.outliers import update_norm
 
 RobustRule = Callable[[AdaptationPlan, Sequence[Update], int], list[Update]]
@@ -28,26 +28,28 @@ _CLOSEST = 1e-6
 
 
 def keep_all(_plan: AdaptationPlan, updates: Sequence[Update], _bad: int) -> list[Update]:
-    """Return the updates as they are."""
-    return list(updates)
+    """Return the updates as they are, none heavier than all others together."""
+    return capped(updates)
 
 
 def clipped(plan: AdaptationPlan, updates: Sequence[Update], _bad: int) -> list[Update]:
     """Return the updates with none larger than the median one, by scaling ``b`` and arrays.
 
-    Scaling ``b`` alone scales the product, so the direction of an update stays.
+    Scaling ``b`` alone scales the product, so the direction of an update stays. An update is
+    all that a site would change about the base so far, not its change of this round. Of an even
+    number the lower middle one is the bound: the mean of two would let the larger set it.
 
     Source:
         Clipping of updates as in https://arxiv.org/abs/1911.07963, with the median norm of the
         round as the bound.
     """
     norms = {update.site: update_norm(plan, update.state) for update in updates}
-    bound = statistics.median(norms.values())
+    bound = statistics.median_low(norms.values())
     return [
         replace(update, state=_scaled(plan, update.state, bound / norms[update.site]))
         if norms[update.site] > bound
         else update
-        for update in updates
+        for update in capped(updates)
     ]
 
 
@@ -72,16 +74,16 @@ def multi_krum(plan: AdaptationPlan, updates: Sequence[Update], bad: int) -> lis
     Source:
         https://arxiv.org/abs/1703.02757, with as many chosen as there are good sites.
     """
-    return _nearest(plan, updates, bad, len(updates) - bad, "multi-krum")
+    return capped(_nearest(plan, updates, bad, len(updates) - bad, "multi-krum"))
 
 
 def geometric_median(plan: AdaptationPlan, updates: Sequence[Update], bad: int) -> list[Update]:
     """Return the updates with shares that make their mean their geometric median.
 
-    The median is the point with the least sum of distances, weighed by cases. It is a mean of
-    the updates with weights that fall with the distance, so the search is one for weights, and
-    distances follow from weights and inner products. Bad sites with less than half of all
-    cases can move it only so far, whatever they send.
+    The median is the point with the least sum of distances; each site counts once, whatever
+    number of cases it claims. It is a mean of the updates with weights that fall with the
+    distance, so the search is one for weights, and distances follow from weights and inner
+    products. Fewer than half of the sites can move it only so far, whatever they send.
 
     Raises:
         StateError: Fewer than ``2 bad + 1`` updates.
@@ -90,19 +92,19 @@ def geometric_median(plan: AdaptationPlan, updates: Sequence[Update], bad: int) 
         Weiszfeld's steps as in RFA, https://arxiv.org/abs/1912.13445.
     """
     _require(updates, bad, "geometric-median")
-    ordered, start = in_order(updates)
+    ordered, by_cases = in_order(updates)
     gram = update_gram(plan, ordered)
-    weights = np.array(start)
+    weights = np.full(len(ordered), 1 / len(ordered))
     for _ in range(_STEPS):
         squares = gram.diagonal() - 2 * gram @ weights + weights @ gram @ weights
         distances = np.sqrt(np.maximum(squares, 0.0))
         if not distances.any():
             break
-        pull = np.array(start) / np.maximum(distances, _CLOSEST * distances.mean())
+        pull = 1 / np.maximum(distances, _CLOSEST * distances.mean())
         weights = pull / pull.sum()
     return [
         replace(update, share=update.share * float(now / then))
-        for update, now, then in zip(ordered, weights, start, strict=True)
+        for update, now, then in zip(ordered, weights, by_cases, strict=True)
     ]
 
 

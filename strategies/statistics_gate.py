@@ -1,8 +1,8 @@
 """Turn a site's answer about its slices into what can be pooled, or into a reason why not."""
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -12,7 +12,7 @@ from dafne_federated.core.class_weights import ClassCounts
 from dafne_federated.core.errors import DafneFederatedError, StateError
 from dafne_federated.core.moments import Moments
 from dafne_federated.core.plan import AdaptationPlan
-from dafne_federated.core.wire import StatisticsReply, StatisticsRequest
+from dafne_federated.core.wire import StatisticsReply, StatisticsRequest, plain
 from dafne_federated.core.wire_arrays import take_arrays
 
 log = logging.getLogger(__name__)
@@ -22,6 +22,8 @@ _SLICES_OF_A_CASE = 2000
 # What float32 can still hold the square of.
 _LARGEST_MEAN = 1e18
 _LARGEST_VARIANCE = 1e36
+# Scanners differ by a few deviations; what is farther than this many is not believed.
+_FARTHEST = 50
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def judge_statistics(
         found = _moments(content, reply.slices, plan, request.number)
         return Answer("shared", slices=reply.slices, moments=found)
     except DafneFederatedError as error:
-        return Answer("refused", str(error))
+        return Answer("refused", plain(error))
     except Exception:  # what a site sends must never end the run
         log.exception("an answer of %s cannot be read", site)
         return Answer("refused", "its answer cannot be read")
@@ -107,6 +109,40 @@ def other_grids(answers: Mapping[str, Answer]) -> dict[str, str]:
         for site, size in sizes.items()
         if size != usual
     }
+
+
+def far_moments(answers: Mapping[str, Answer]) -> dict[str, str]:
+    """Return the reason by site for moments that are far from those of most sites.
+
+    Compared are the means with their median, and the variances with 0, in units of the usual
+    spread of the layer: the standard deviation and the spread of the means, each as the median
+    of the sites. With fewer than three answers there is no majority, and nothing is refused.
+    """
+    found = {site: a.moments for site, a in sorted(answers.items()) if a.moments}
+    if len(found) < 3:
+        return {}
+    means = np.stack([part.mean for part in found.values()])
+    middle = np.median(means, axis=0)
+    variance = np.median([part.variance for part in found.values()], axis=0).mean()
+    usual = float(np.sqrt(variance) + np.median(np.abs(means - middle), axis=0).mean())
+    reasons = {}
+    for site, part in found.items():
+        away = np.abs(part.mean - middle).max()
+        far = max(float(away), float(np.sqrt(part.variance.max())))
+        if far > _FARTHEST * usual > 0:
+            reasons[site] = (
+                f"its statistics are far from those of most sites: expected means and deviations "
+                f"within {_FARTHEST * usual:.3g}, got {far:.3g}"
+            )
+    return reasons
+
+
+def capped_moments(parts: Sequence[Moments]) -> list[Moments]:
+    """Return the moments, from three on none counting more than all others together."""
+    total = sum(part.count for part in parts)
+    if len(parts) < 3:
+        return list(parts)
+    return [replace(part, count=min(part.count, total - part.count)) for part in parts]
 
 
 def _classes(reply: StatisticsReply, plan: AdaptationPlan) -> ClassCounts:

@@ -12,7 +12,7 @@ from flwr.app import RecordDict
 from dafne_federated.core.errors import DafneFederatedError, StateError
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.state import state_rank
-from dafne_federated.core.wire import RoundReply, RoundRequest
+from dafne_federated.core.wire import RoundReply, RoundRequest, plain
 from dafne_federated.core.wire_arrays import take_state
 from dafne_federated.strategies.aggregation import Update
 
@@ -29,7 +29,8 @@ class Verdict:
     Attributes:
         status: ``ok``, ``refused`` (here or by the site), ``failed`` (at the site), ``silent``.
         reason: In words; empty if ok.
-        reply: The typed half, if it could be read.
+        reply: The typed half, if it could be read and answers this round; it stays where the
+            update is refused, for the Dice that it reports is of what the site was sent.
         update: The update, if ok and the site trained.
     """
 
@@ -63,6 +64,7 @@ def judge(
         sent: The state that the site was sent: the update is completed with the factors that
             stood still in this round, and stored statistics are compared with it.
     """
+    checked: RoundReply | None = None
     try:
         reply = RoundReply.from_record(content)
         if reply.status != "ok":
@@ -78,6 +80,7 @@ def judge(
         if len(reply.dice) != len(reply.dice_cases) or len(reply.dice) not in (0, len(plan.labels)):
             msg = f"dice: expected {len(plan.labels)} labels, got {len(reply.dice)}"
             raise StateError(msg)
+        checked = reply
         if request.epochs == 0:
             return Verdict("ok", reply=reply)
         if not 0 < reply.training_cases <= max_cases:
@@ -100,8 +103,8 @@ def judge(
                 msg = f"array {key!r}: expected values within {_LARGEST_VALUE:g}, got {largest:.3g}"
                 raise StateError(msg)
     except DafneFederatedError as error:
-        return Verdict("refused", str(error))
+        return Verdict("refused", plain(error), checked)
     except Exception:  # what a site sends must never end the round
         log.exception("a reply of %s cannot be read", site)
-        return Verdict("refused", "its reply cannot be read")
+        return Verdict("refused", "its reply cannot be read", checked)
     return Verdict("ok", reply=reply, update=Update(site, state | held, reply.training_cases))

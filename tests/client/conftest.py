@@ -101,7 +101,7 @@ class SiteUnderTest:
             seed=1,
         ).model_copy(update=changes)
         kind = "train.round" if epochs else "evaluate.state"
-        arrays = state_record(state or initial_state(plan, 0), sent_as or request.wire)
+        arrays = state_record(plan, state or initial_state(plan, 0), sent_as or request.wire)
         return self.ask(request.to_record(arrays), kind)
 
     def statistics(self, plan: AdaptationPlan, what: str, number: int = 0, **more: Any) -> Any:

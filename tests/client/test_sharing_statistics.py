@@ -128,6 +128,7 @@ def test_statistics_come_back_as_they_were_sent_whatever_moves(
     plan = pooling_plan
     generator = np.random.default_rng(0)
     state = rounded(
+        plan,
         {
             key: generator.uniform(0, 0.02, array.shape).astype("f4") if not array.any() else array
             for key, array in initial_state(plan, 0).items()

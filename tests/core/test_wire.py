@@ -122,7 +122,8 @@ def test_a_state_may_travel_in_half_the_bytes(
 ) -> None:
     state = make_state(0)
     whole, half = (
-        RecordDict({"arrays": state_record(state, wire)}) for wire in ("float32", "float16")
+        RecordDict({"arrays": state_record(small_plan, state, wire)})
+        for wire in ("float32", "float16")
     )
     values = sum(value.size for value in state.values())
     assert record_bytes(whole) - record_bytes(half) == 2 * values
@@ -131,41 +132,62 @@ def test_a_state_may_travel_in_half_the_bytes(
     assert back.keys() == state.keys()
     for key, value in state.items():
         np.testing.assert_allclose(back[key], value, rtol=2**-11, atol=2**-25)
-        np.testing.assert_array_equal(back[key], rounded(state, "float16")[key])
+        np.testing.assert_array_equal(back[key], rounded(small_plan, state, "float16")[key])
 
 
 @pytest.mark.parametrize("wire", ["float32", "float16"])
 def test_what_was_rounded_arrives_as_it_is(
     small_plan: AdaptationPlan, make_state: Callable[..., State], wire: WireType
 ) -> None:
-    state = rounded(make_state(0), wire)
-    content = RecordDict({"arrays": state_record(state, wire)})
+    state = rounded(small_plan, make_state(0), wire)
+    content = RecordDict({"arrays": state_record(small_plan, state, wire)})
     for key, value in take_state(content, small_plan, wire).items():
         np.testing.assert_array_equal(value, state[key])
-    for key, value in rounded(state, wire).items():
+    for key, value in rounded(small_plan, state, wire).items():
         np.testing.assert_array_equal(value, state[key])
+
+
+def test_stored_statistics_travel_exactly_and_a_dead_channel_survives(
+    statistics_plan: AdaptationPlan, make_statistics_state: Callable[..., State]
+) -> None:
+    stored = np.array([1.0003, 0.9, 5e4, 3e-6, 1.7], np.float32)
+    dead = np.full(5, 1e-9, np.float32)  # what the sites found, far below what is stored
+    state = make_statistics_state(0) | {"0009/delta": dead - stored}
+    assert (stored + (dead - stored).astype(np.float16).astype(np.float32)).min() < 0
+    exact = statistics_plan.state_shapes(trained=False)
+    content = RecordDict({"arrays": state_record(statistics_plan, state, "float16")})
+    for there in (
+        rounded(statistics_plan, state, "float16"),
+        take_state(content, statistics_plan, "float16"),
+    ):
+        for key in exact:
+            assert there[key].tobytes() == state[key].tobytes()
+        assert (stored + there["0009/delta"]).min() >= 0
+    whole = RecordDict({"arrays": state_record(statistics_plan, state, "float32")})
+    trained = sum(state[key].size for key in state.keys() - exact.keys())
+    assert record_bytes(whole) - record_bytes(content) == 2 * trained
 
 
 @pytest.mark.parametrize(("sent", "agreed"), [("float32", "float16"), ("float16", "float32")])
 def test_another_type_than_agreed_is_refused(
     small_plan: AdaptationPlan, make_state: Callable[..., State], sent: Any, agreed: Any
 ) -> None:
-    content = RecordDict({"arrays": state_record(make_state(0), sent)})
+    content = RecordDict({"arrays": state_record(small_plan, make_state(0), sent)})
     with pytest.raises(StateError, match=rf"expected .* {agreed}, got .* {sent}"):
         take_state(content, small_plan, agreed)
 
 
 @pytest.mark.parametrize("value", [7e4, -65520, np.inf, np.nan])
 def test_a_value_that_float16_cannot_hold_is_one_error_at_the_sender(
-    make_state: Callable[..., State], value: float
+    small_plan: AdaptationPlan, make_state: Callable[..., State], value: float
 ) -> None:
     state = make_state(0)
     state["0006/delta"][0, 0, 1, 2] = value
     for send in (state_record, rounded):
         with pytest.raises(StateError, match="'0006/delta': expected values within 65504"):
-            send(state, "float16")
+            send(small_plan, state, "float16")
     state["0006/delta"][0, 0, 1, 2] = 65504
-    assert rounded(state, "float16")["0006/delta"][0, 0, 1, 2] == 65504
+    assert rounded(small_plan, state, "float16")["0006/delta"][0, 0, 1, 2] == 65504
 
 
 def test_bytes_survive_the_trip_and_are_bounded() -> None:

@@ -112,7 +112,9 @@ class PretendSite:
             dice=[level] * len(self.plan.labels),
             dice_cases=[1] * len(self.plan.labels),
         )
-        return reply.to_record(state_record(new, request.wire) if request.epochs else None)
+        return reply.to_record(
+            state_record(self.plan, new, request.wire) if request.epochs else None
+        )
 
 
 class SharingSite(PretendSite):
@@ -166,7 +168,8 @@ class SharingSite(PretendSite):
     def round(self, message: Message) -> RecordDict:
         request = RoundRequest.from_record(message.content)
         self.requests.append(request)
-        sent = state_record(take_state(message.content, self.plan, request.wire), request.wire)
+        state = take_state(message.content, self.plan, request.wire)
+        sent = state_record(self.plan, state, request.wire)
         content = super().round(message)
         if request.epochs:
             for key in self.plan.state_shapes(trained=False):

@@ -11,6 +11,7 @@ from dafne_federated.core.errors import RunError
 from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.core.state import state_bytes
 from dafne_federated.core.strategy_table import STRATEGY_TABLE
+from dafne_federated.server.release import provenance
 from dafne_federated.server.rounds import run_rounds
 from dafne_federated.strategies.outliers import update_norm
 
@@ -209,6 +210,11 @@ def test_an_update_out_of_proportion_is_refused(
     list(grid.sites.values())[1].change = spoil
     run_rounds(grid, folder)
     assert words in folder.rounds()[0].sites["site-b"].reason
+    # Its Dice is of what it was sent, and honest whatever its update is.
+    dice = [line.sites["site-b"].dice for line in folder.rounds()]
+    assert dice == [line.sites["site-a"].dice for line in folder.rounds()]
+    assert all(dice)
+    assert folder.rounds()[0].sites["site-b"].training_cases == 0
     assert final(folder) == final(alone)
 
 
@@ -230,6 +236,21 @@ def test_a_site_that_suddenly_shouts_is_refused_by_its_own_history(
     assert first.update_norm == pytest.approx(norms, rel=0.5)
 
 
+def test_with_a_shared_factor_a_site_that_missed_a_round_is_taken_back(
+    new_run: Make, make_grid: Make
+) -> None:
+    folder = new_run(strategy="shared-a", deadline=1.0, max_norm_ratio=4.0)
+    grid = make_grid(folder)
+
+    def miss(message: Message, content: RecordDict) -> RecordDict | None:
+        return None if message.metadata.group_id == "1" else content
+
+    list(grid.sites.values())[1].change = miss
+    run_rounds(grid, folder)
+    found = [(line.sites["site-b"].status, line.sites["site-b"].reason) for line in folder.rounds()]
+    assert found == [("silent", "no answer within 1 s"), *[("ok", "")] * 3]
+
+
 @pytest.mark.parametrize("robust", ["clipped", "krum", "multi-krum", "geometric-median"])
 def test_a_robust_rule_is_applied_and_told(new_run: Make, make_grid: Make, robust: str) -> None:
     folder = new_run(robust=robust, min_sites=5)
@@ -239,6 +260,11 @@ def test_a_robust_rule_is_applied_and_told(new_run: Make, make_grid: Make, robus
     assert [event["rule"] for event in told] == [robust] * 3
     used = {"krum": 1, "multi-krum": 4}.get(robust, 5)
     assert [len(event["shares"]) for event in told] == [used] * 3
+    for event, line in zip(told, folder.rounds(), strict=False):
+        assert {n: s.share for n, s in line.sites.items() if s.share > 0} == event["shares"]
+    history = provenance(folder.info(), folder.plan(), folder.rounds(), 1)
+    assert (history["robust"], history["bad_sites"], history["wire"]) == (robust, 1, "float32")
+    assert history["sites"] == used
     plain = new_run(min_sites=5)
     run_rounds(make_grid(plain, "abcde"), plain)
     assert final(folder) != final(plain)
@@ -268,7 +294,6 @@ def test_updates_lie_in_a_private_folder_until_the_round_ends(
 
 def test_sites_may_change_between_a_stop_and_going_on(new_run: Make, make_grid: Make) -> None:
     from dafne_federated.core.run_folder import RunFolder as Folder
-    from dafne_federated.server.release import provenance
 
     folder = new_run()
     grid = make_grid(folder, "abc")
@@ -346,3 +371,22 @@ def test_two_sites_of_one_name_are_not_mixed_up(new_run: Make, make_grid: Make) 
     assert sorted(folder.rounds()[0].sites) == ["site-a", "site-b"]
     (members,) = [event for event in folder.events() if event["event"] == "members"]
     assert "another site is called 'site-b'" in str(members["declined"])
+
+
+def test_a_rank_of_its_own_keeps_no_site_out_of_a_run_without_pairs(
+    new_run: Make, make_grid: Make
+) -> None:
+    pairs = new_run()
+    whole = tuple(target for target in pairs.plan().targets if not target.low_rank)
+    plan = pairs.plan().model_copy(update={"targets": whole})
+    info = new_run(strategy="fedavg", method="head").info()
+    info = info.model_copy(update={"plan_digest": plan.digest})
+    folder = RunFolder.create(pairs.path.parent / "whole", info, plan, pairs.base_bytes())
+    grid = make_grid(folder)
+    list(grid.sites.values())[1].rank = 99
+    run_rounds(grid, folder)
+    for line in folder.rounds():
+        assert line.whole
+        assert {name: site.status for name, site in line.sites.items()} == dict.fromkeys(
+            ("site-a", "site-b", "site-c"), "ok"
+        )

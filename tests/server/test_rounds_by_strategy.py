@@ -91,7 +91,7 @@ def test_pooled_statistics_stay_as_they_are_through_every_round(
     run_rounds(grid, folder)
     plan, info, pooled = folder.plan(), folder.info(), folder.pooled()
     assert pooled is not None
-    first = rounded(with_statistics(folder, first_state(info, plan), pooled), wire)
+    first = rounded(plan, with_statistics(folder, first_state(info, plan), pooled), wire)
     for line in folder.rounds():
         assert {site.status for site in line.sites.values()} == {"ok"}
         state = folder.state_after(line.round)
@@ -100,15 +100,14 @@ def test_pooled_statistics_stay_as_they_are_through_every_round(
             assert state[key].tobytes() == first[key].tobytes()
 
 
-@pytest.mark.parametrize("robust", ["clipped", "krum", "multi-krum", "geometric-median"])
-def test_robust_rules_leave_pooled_statistics_alone(new_pool: Make, robust: str) -> None:
-    folder = new_pool(robust=robust, bad_sites=0, min_sites=3, **BOTH)
-    run_rounds(grid_of(folder), folder)
-    plan, info, pooled = folder.plan(), folder.info(), folder.pooled()
-    assert pooled is not None
-    first = with_statistics(folder, first_state(info, plan), pooled)
-    for key in plan.state_shapes(trained=False):
-        assert folder.state_after(3)[key].tobytes() == first[key].tobytes()
+@pytest.mark.parametrize("pooled", [{"statistics": "pooled"}, {"class_weights": "pooled"}])
+def test_a_robust_rule_does_not_cover_a_pool_and_says_so(
+    new_pool: Make, pooled: dict[str, str]
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"robust 'krum' does not cover .*; take statistics 'base'"
+    ):
+        new_pool(robust="krum", bad_sites=0, min_sites=3, **pooled)
 
 
 @pytest.mark.parametrize("strategy", ["product", "stack"])

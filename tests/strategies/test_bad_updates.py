@@ -1,4 +1,4 @@
-"""Twelve kinds of bad update among good ones, and what becomes of each.
+"""Thirteen kinds of bad update among good ones, and what becomes of each.
 
 | bad update                  | stopped by                                                     |
 |-----------------------------|----------------------------------------------------------------|
@@ -11,6 +11,7 @@
 | stale round                 | the gate: it answers another question                          |
 | other plan                  | the gate: the digest is another one                            |
 | a million cases claimed     | the gate: at most the cases that the site offered              |
+| the same in the offer       | the cap: never more than all others together                   |
 | 10^6 times the norm         | the gate: at most max-norm-ratio times the median of the round |
 | more bytes than it claims   | the gate: counted before anything is parsed                    |
 | turned sign                 | **not the gate, not strategy 'product', not robust 'clipped'** |
@@ -34,7 +35,7 @@ from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.state import State, kernel_update
 from dafne_federated.core.wire import RoundReply, RoundRequest
 from dafne_federated.strategies import STRATEGIES
-from dafne_federated.strategies.aggregation import Update
+from dafne_federated.strategies.aggregation import Update, capped, in_order
 from dafne_federated.strategies.outliers import too_large, update_norm
 from dafne_federated.strategies.robust import ROBUST_RULES
 from dafne_federated.strategies.update_gate import Verdict, judge
@@ -102,7 +103,12 @@ class Federation:
         return {key: value + np.float32(0.1) * noise[key] for key, value in middle.items()}
 
     def judged(
-        self, site: str, state: State, arrays: dict[str, Any] | None = None, **claims: Any
+        self,
+        site: str,
+        state: State,
+        arrays: dict[str, Any] | None = None,
+        offered: int = 4,
+        **claims: Any,
     ) -> Verdict:
         reply = RoundReply(
             run=RUN,
@@ -118,7 +124,7 @@ class Federation:
             content.array_records["arrays"][name] = (
                 value if isinstance(value, Array) else Array(value)
             )
-        return judge(site, content, self.request, self.plan, max_cases=4, sent=self.state(9))
+        return judge(site, content, self.request, self.plan, offered, sent=self.state(9))
 
     def result(self, bad: Verdict | None, robust: str = "none") -> State:
         """Return what a round makes of the honest sites and the bad one."""
@@ -218,6 +224,36 @@ def test_robust_rules_stop_a_turned_sign(federation: Federation, robust: str, mo
     with_bad = federation.result(bad, robust)
     size = np.linalg.norm(good_only["0006/delta"])
     assert np.linalg.norm(good_only["0006/delta"] - with_bad["0006/delta"]) <= most * size
+
+
+def test_a_million_cases_claimed_already_in_the_offer_are_capped(federation: Federation) -> None:
+    many = {"offered": 1_000_000, "training_cases": 1_000_000}
+    bad = federation.judged(BAD, turned(federation.state(6)), **many)
+    assert bad.status == "ok"
+    updates = [v.update for v in (*federation.honest.values(), bad) if v.update]
+    for rule in ("none", "clipped"):
+        chosen = federation.chosen(updates, rule)
+        weights = dict(zip((u.site for u in in_order(chosen)[0]), in_order(chosen)[1], strict=True))
+        assert weights[BAD] == pytest.approx(0.5)
+    few = federation.judged(BAD, turned(federation.state(6)))
+    assert federation.moved(bad, "geometric-median") == pytest.approx(
+        federation.moved(few, "geometric-median"), abs=1e-5
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_or_two_sites_are_not_capped(federation: Federation, count: int) -> None:
+    updates = [Update(f"site {n}", federation.state(n), 10**n) for n in range(count)]
+    assert capped(updates) == updates
+
+
+def test_the_cap_does_not_depend_on_the_order_and_spares_half(federation: Federation) -> None:
+    updates = [Update(f"site {n}", {}, cases) for n, cases in enumerate((7, 1, 2, 3))]
+    shares = [{u.site: u.share for u in capped(given)} for given in (updates, updates[::-1])]
+    assert shares[0] == shares[1]
+    assert shares[0] == {"site 0": pytest.approx(6 / 7), "site 1": 1, "site 2": 1, "site 3": 1}
+    half = [Update(f"site {n}", {}, cases) for n, cases in enumerate((6, 1, 2, 3))]
+    assert capped(half) == half
 
 
 def test_krum_takes_an_honest_update_whatever_one_site_sends(federation: Federation) -> None:

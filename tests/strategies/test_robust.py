@@ -130,7 +130,6 @@ def test_the_geometric_median_is_the_point_of_least_distance(
     small_plan: AdaptationPlan, good: list[Update], make_state: Make
 ) -> None:
     updates = [*good, bad_update(make_state)]
-    cases = np.array([update.cases for update in updates])
     vectors = np.stack([dense(small_plan, update.state) for update in updates])
     shared = ROBUST_RULES["geometric-median"](small_plan, updates, 1)
     shares = {update.site: update.cases * update.share for update in shared}
@@ -138,14 +137,14 @@ def test_the_geometric_median_is_the_point_of_least_distance(
     found = weights @ vectors / weights.sum()
 
     def total(point: np.ndarray) -> float:
-        return float(cases @ np.linalg.norm(vectors - point, axis=1))
+        return float(np.linalg.norm(vectors - point, axis=1).sum())
 
     generator = np.random.default_rng(0)
     for size in (0.01, 0.1, 1.0):
         for _ in range(20):
             step = generator.normal(size=found.size)
             assert total(found) < total(found + size * step / np.linalg.norm(step))
-    assert total(found) < total(cases @ vectors / cases.sum())
+    assert total(found) < total(vectors.mean(axis=0))
 
 
 def test_a_far_update_hardly_moves_the_geometric_median_however_far_it_is(
@@ -160,3 +159,13 @@ def test_a_far_update_hardly_moves_the_geometric_median_however_far_it_is(
     far = replace(bad, state={k: v * np.float32(30) for k, v in bad.state.items()})
     one, two = middle(bad), middle(far)
     assert np.linalg.norm(one - two) < 0.02 * np.linalg.norm(one)
+
+
+def test_of_two_updates_the_smaller_is_the_bound(
+    small_plan: AdaptationPlan, make_state: Make
+) -> None:
+    small, large = Update("site 0", make_state(0), 1), bad_update(make_state)
+    for one, other in ROBUST_RULES["clipped"](small_plan, [small, large], 1), (small, small):
+        assert one is small
+        norm = update_norm(small_plan, other.state)
+        assert norm == pytest.approx(update_norm(small_plan, small.state), rel=1e-5)

@@ -8,9 +8,16 @@ import pytest
 from flwr.app import Array, RecordDict
 
 from dafne_federated.core.class_weights import ClassCounts
+from dafne_federated.core.moments import Moments
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.wire import StatisticsReply, StatisticsRequest
-from dafne_federated.strategies.statistics_gate import Answer, judge_statistics, other_grids
+from dafne_federated.strategies.statistics_gate import (
+    Answer,
+    capped_moments,
+    far_moments,
+    judge_statistics,
+    other_grids,
+)
 
 PIXELS = [4 * 100 - 60, 40, 20]  # four slices of 100 pixels
 HOLDING = [4, 3, 1]
@@ -131,3 +138,26 @@ def test_slices_of_another_size_than_most_are_named(judged: Judge) -> None:
     found = other_grids({"a": other, "b": usual, "c": usual, "d": Answer("failed")})
     assert found == {"a": "pixels of a slice: expected 100 as at most sites, got 200"}
     assert other_grids({"d": Answer("failed")}) == {}
+
+
+def sharing(*parts: tuple[float, float]) -> dict[str, Answer]:
+    return {
+        f"site {n}": Answer("shared", moments=Moments(4, np.array([m, 0.0]), np.array([v, 0.0])))
+        for n, (m, v) in enumerate(parts)
+    }
+
+
+@pytest.mark.parametrize("bad", [(1e18, 1.0), (-1e3, 1.0), (0.0, 1e12)])
+def test_moments_far_from_most_are_refused_in_words(bad: tuple[float, float]) -> None:
+    honest = ((0.0, 1.0), (3.0, 2.0))
+    reasons = far_moments(sharing(*honest, bad))
+    assert list(reasons) == ["site 2"]
+    assert "far from those of most sites: expected means and deviations within" in reasons["site 2"]
+    assert far_moments(sharing(*honest, (-8.0, 5.0))) == {}
+    assert far_moments(sharing(honest[0], bad)) == {}  # two have no majority
+
+
+def test_no_site_counts_more_slices_than_all_others_together() -> None:
+    parts = [Moments(count, np.zeros(1), np.zeros(1)) for count in (10**9, 3, 4)]
+    assert [part.count for part in capped_moments(parts)] == [7, 3, 4]
+    assert capped_moments(parts[:2]) == parts[:2]

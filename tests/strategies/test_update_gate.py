@@ -184,10 +184,10 @@ def test_the_request_says_in_which_type_an_update_comes(
     make_state: Callable[..., State],
 ) -> None:
     half = request_.model_copy(update={"wire": "float16"})
-    content = reply.to_record(state_record(make_state(0), "float16"))
+    content = reply.to_record(state_record(small_plan, make_state(0), "float16"))
     verdict = judge("site-a", content, half, small_plan, 1000)
     assert verdict.update is not None
-    for key, value in rounded(make_state(0), "float16").items():
+    for key, value in rounded(small_plan, make_state(0), "float16").items():
         np.testing.assert_array_equal(verdict.update.state[key], value)
     assert "float32, got" in judge("site-a", content, request_, small_plan, 1000).reason
     whole = judge("site-a", reply.to_record(make_state(0)), half, small_plan, 1000)
@@ -239,3 +239,22 @@ def test_statistics_must_come_back_bit_for_bit(
     assert (bad.status, bad.update) == ("refused", None)
     assert f"array {key!r}: expected the stored statistics as they were sent" in bad.reason
     assert judged(trained | fixed | {"0006/delta": np.full((1, 1, 4, 3), 2e4, np.float32)}).reason
+
+
+@pytest.mark.parametrize("name", ["x\n\x1b[31mround finished\u2028", "y" * 1_000_000])
+def test_names_that_a_site_chose_stay_short_and_printable_in_reasons(
+    request_: RoundRequest,
+    reply: RoundReply,
+    small_plan: AdaptationPlan,
+    make_state: Callable[..., State],
+    name: str,
+) -> None:
+    field = reply.to_record(make_state(0))
+    field.config_records["message"][name] = "1"
+    array = reply.to_record(make_state(0) | {name: np.zeros(1, np.float32)})
+    for content in (field, array):
+        verdict = judge("site-a", content, request_, small_plan, 1000)
+        assert verdict.status == "refused"
+        assert name[0] in verdict.reason
+        assert verdict.reason.isprintable()
+        assert len(verdict.reason) <= 500
