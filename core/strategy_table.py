@@ -119,7 +119,7 @@ STRATEGY_TABLE: dict[str, StrategyRules] = {
 }
 
 ROBUST_TABLE: dict[str, str] = {
-    "none": "every accepted update counts by its cases",
+    "none": "every accepted update counts by its cases, none for more than half",
     "clipped": "no update moves the base more than the median one",
     "krum": "only the update nearest to its neighbours counts",
     "multi-krum": "the bad-sites updates farthest from their neighbours are left out",
