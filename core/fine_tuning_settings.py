@@ -1,12 +1,11 @@
 """Settings of fine-tuning at one site, checked once at the edge; the names are the flags."""
 
-import math
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dafne_federated.core.errors import SettingsError
-from dafne_federated.core.settings import RunSettings, read_settings
+from dafne_federated.core.settings import RunSettings, falling_rate, read_settings
 
 Schedule = Literal["all", "gradual"]
 
@@ -79,15 +78,8 @@ class FineTuningSettings(BaseModel):
         return read_settings(None, **shared, max_rank=max(self.rank, 1))
 
     def learning_rate_in(self, epoch: int, epochs: int) -> float:
-        """Return the learning rate of ``epoch`` (1 first) of a stage of ``epochs``.
-
-        It falls along a cosine to a tenth in the last epoch.
-
-        Source:
-            The schedule of https://arxiv.org/abs/1608.03983 without restarts.
-        """
-        done = (epoch - 1) / max(epochs - 1, 1)
-        return self.learning_rate * (0.1 + 0.45 * (1.0 + math.cos(math.pi * done)))
+        """Return the learning rate of ``epoch`` (1 first) of a stage of ``epochs``."""
+        return falling_rate(self.learning_rate, epoch, epochs)
 
 
 def fine_tuning_settings(**given: object) -> FineTuningSettings:

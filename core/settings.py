@@ -140,13 +140,21 @@ class RunSettings(BaseModel):
     def learning_rate_in(self, number: int) -> float:
         """Return the learning rate of round ``number``, 1 first.
 
-        It falls along a cosine to a tenth in the last round, so that late rounds settle.
-
-        Source:
-            The schedule of https://arxiv.org/abs/1608.03983 without restarts, over rounds.
+        It falls over the rounds, so that late ones settle; see ``falling_rate``.
         """
-        done = (number - 1) / max(self.rounds - 1, 1)
-        return self.learning_rate * (0.1 + 0.45 * (1.0 + math.cos(math.pi * min(done, 1.0))))
+        return falling_rate(self.learning_rate, number, self.rounds)
+
+
+def falling_rate(first: float, number: int, count: int) -> float:
+    """Return the learning rate of step ``number`` (1 first) of ``count`` rounds or epochs.
+
+    It falls along a cosine from ``first`` to a tenth of it in the last one.
+
+    Source:
+        The schedule of https://arxiv.org/abs/1608.03983 without restarts.
+    """
+    done = (number - 1) / max(count - 1, 1)
+    return first * (0.1 + 0.45 * (1.0 + math.cos(math.pi * min(done, 1.0))))
 
 
 def read_settings(path: Path | None, **given: object) -> RunSettings:
