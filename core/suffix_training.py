@@ -10,7 +10,13 @@ from dafne_federated.core.network_layers import Precision, describe_layers
 from dafne_federated.core.prefix_cache import PrefixCache
 from dafne_federated.core.slices import PreparedSlices
 from dafne_federated.core.suffix_network import SuffixNetwork
-from dafne_federated.core.training import AdapterTraining, Batches, OnEpoch, TrainingResult
+from dafne_federated.core.training import (
+    AdapterTraining,
+    Batches,
+    OnEpoch,
+    Trainable,
+    TrainingResult,
+)
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +40,7 @@ class SuffixTraining:
         self._loss = loss
         self._precision = precision
         self._suffix: SuffixNetwork | None = None
+        self._networks: dict[bool, Trainable] = {}
         self._compiled: dict[bool, AdapterTraining] = {}
         layers = describe_layers(adapted.network)
         self._worth_keeping = worth_keeping(frozen_share(layers, adapted.plan.targets))
@@ -75,27 +82,41 @@ class SuffixTraining:
         Returns:
             The training, and a ``CachedSlices`` if features are kept, else ``slices``.
         """
+        network, batches = self.network(slices, cache)
+        cached = batches is not slices
+        if cached not in self._compiled:
+            self._compiled[cached] = AdapterTraining(network, self._loss)
+        return self._compiled[cached], batches
+
+    def network(
+        self, slices: PreparedSlices, cache: PrefixCache | None = None
+    ) -> tuple[Trainable, Batches]:
+        """Return the network or suffix that is to be trained, and what it is trained on.
+
+        See ``on``; the network is the same object for as long as its suffix is up to date.
+        """
         if self._suffix and self._suffix.statistics != self.adapted.statistics:
             self._cut_off()
         cached = None
         if cache and self._suffix and self._suffix.saved and self._worth_keeping:
             cached = cache.slices(self._suffix, slices)
-        return self._training(cached is not None), cached or slices
+        return self._network(cached is not None), slices if cached is None else cached
 
     def _cut_off(self) -> None:
         """Cut the suffix off with the statistics that are stored in the network now."""
+        self._networks.clear()
         self._compiled.clear()
         try:
             self._suffix = SuffixNetwork(self.adapted, precision=self._precision)
         except AdapterError as error:
             log.info("training the network as it is: %s", error)
 
-    def _training(self, cached: bool) -> AdapterTraining:
-        if cached not in self._compiled:
-            network: AdaptedNetwork | SuffixNetwork = self.adapted
+    def _network(self, cached: bool) -> Trainable:
+        if cached not in self._networks:
+            network: Trainable = self.adapted
             if self._suffix:
                 network = self._suffix
                 if not cached:
                     network = SuffixNetwork(self.adapted, saved=False, precision=self._precision)
-            self._compiled[cached] = AdapterTraining(network, self._loss)
-        return self._compiled[cached]
+            self._networks[cached] = network
+        return self._networks[cached]

@@ -66,12 +66,13 @@ class TrainingResult:
     """What local training did.
 
     Attributes:
-        loss: Loss of the last epoch, mean over its steps, on the base's own scale.
+        loss: Loss of the last epoch, mean over its steps, on the base's own scale; None where
+            nothing hides it.
         steps: Optimiser steps.
         seconds: Wall time.
     """
 
-    loss: float
+    loss: float | None
     steps: int
     seconds: float
 

@@ -1,0 +1,176 @@
+"""What a site spent of its persons' privacy, and the key that its noise follows from.
+
+Both lie in the folder ``privacy`` of the site's cache and must outlive whatever else is removed
+there: without the ledger a site no longer knows what it spent, and whoever has the key can
+take the noise off. A key without its ledger is therefore refused.
+
+A release is named by everything that its bits follow from. It is written down before it is
+made: after a kill it counts although nobody saw it, and the same question again gives the same
+bits and is not counted again.
+"""
+
+import contextlib
+import fcntl
+import hmac
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dafne_federated.core.errors import ApprovalError
+from dafne_federated.core.files import private_folder, write_atomic
+from dafne_federated.core.privacy_accountant import Spent, epsilon_of
+
+KEY_BYTES = 32
+
+
+class Release(BaseModel):
+    """One answer with noise.
+
+    Attributes:
+        name: Follows from all that its bits follow from, and from the site's key.
+        run: Name of the run that asked first.
+        round: Its round.
+        base_digest: SHA-256 of the base.
+        noise: Multiple of the clip.
+        rate: Probability with which a person takes part in a step.
+        steps: Steps.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    name: str
+    run: str
+    round: int
+    base_digest: str
+    noise: float = Field(gt=0)
+    rate: float = Field(gt=0, le=1)
+    steps: int = Field(ge=1)
+
+    @property
+    def spent(self) -> Spent:
+        """What it costs."""
+        return Spent(self.noise, self.rate, self.steps)
+
+
+class _Ledger(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    releases: tuple[Release, ...] = Field(default=(), strict=False)
+
+
+class PrivacyLedger:
+    """The ledger and the key of a site.
+
+    Args:
+        folder: Where they lie; made if it is missing.
+
+    Raises:
+        ApprovalError: There is a key and no ledger.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = private_folder(folder)
+        self._path = folder / "ledger.json"
+        self._key = folder / "key"
+        with self._locked():
+            if self._key.exists() and not self._path.exists():
+                raise ApprovalError(_LOST)
+            if not self._path.exists():  # before the key, so that a kill leaves no key alone
+                self._write(())
+            if not self._key.exists():
+                write_key(folder, secrets.token_bytes(KEY_BYTES))
+
+    def name(self, content: str) -> str:
+        """Return the name of the release that follows from ``content``."""
+        return self._derive("release", content).hex()
+
+    def seed(self, content: str) -> bytes:
+        """Return the seed of its draws and noise, 32 bytes."""
+        return self._derive("noise", content)
+
+    def releases(self) -> tuple[Release, ...]:
+        """Return all releases so far.
+
+        Raises:
+            ApprovalError: The ledger is damaged or gone.
+        """
+        try:
+            return _Ledger.model_validate_json(self._path.read_bytes()).releases
+        except (OSError, ValidationError):
+            raise ApprovalError(_LOST) from None
+
+    def spend(self, release: Release, delta: float, bound: float) -> tuple[float, float]:
+        """Write a release down unless it is there, and return epsilon of its run and of all.
+
+        Args:
+            release: What is about to be made.
+            delta: Of the guarantee.
+            bound: The largest epsilon of all releases together.
+
+        Raises:
+            ApprovalError: It would pass the bound, or the ledger is damaged; nothing is written.
+        """
+        with self._locked():
+            known = self.releases()
+            if release.name in {old.name for old in known}:
+                return self._totals(known, release.run, delta)
+            after = (*known, release)
+            own, total = self._totals(after, release.run, delta)
+            if not total <= bound:
+                msg = (
+                    f"with this round one person's data would have been used up to epsilon "
+                    f"{total:.3g} (delta {delta:g}) at this site, and it allows {bound:g}; take "
+                    "more noise or fewer epochs and rounds, or ask the site to allow more"
+                )
+                raise ApprovalError(msg)
+            self._write(after)
+            return own, total
+
+    def _totals(
+        self, releases: tuple[Release, ...], run: str, delta: float
+    ) -> tuple[float, float]:
+        total = epsilon_of([release.spent for release in releases], delta)
+        mine = [release.spent for release in releases if release.run == run]
+        return (total if len(mine) == len(releases) else epsilon_of(mine, delta)), total
+
+    def _derive(self, purpose: str, content: str) -> bytes:
+        key = self._key.read_bytes()
+        if len(key) != KEY_BYTES:
+            raise ApprovalError(_LOST)
+        return hmac.digest(key, f"{purpose}\n{content}".encode(), "sha256")
+
+    def _write(self, releases: tuple[Release, ...]) -> None:
+        text = _Ledger(releases=releases).model_dump_json(indent=2)
+        write_atomic(self._path, text.encode())
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Let one process at a time look and write; freed when the process ends."""
+        with (self.folder / "lock").open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def write_key(folder: Path, key: bytes) -> None:
+    """Write the key so that only its owner can read it, whole or not at all."""
+    private_folder(folder)
+    temporary = folder / f".key-{secrets.token_hex(8)}"
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(key)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(folder / "key")
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+_LOST = (
+    "the ledger of what this site spent of its persons' privacy, or its key, is damaged or gone; "
+    "restore the folder 'privacy' of its cache from a backup"
+)
