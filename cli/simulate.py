@@ -71,6 +71,18 @@ def simulate(
     class_weights: Annotated[
         str | None, typer.Option(help="Frequency of labels: case or pooled. By default case.")
     ] = None,
+    privacy: Annotated[
+        str | None, typer.Option(help="none, or person: noise hides each. By default none.")
+    ] = None,
+    noise: Annotated[
+        float | None, typer.Option(help="With person: multiple of the clip. [2]")
+    ] = None,
+    clip: Annotated[
+        float | None, typer.Option(help="With person: most that one adds to a step. [0.1]")
+    ] = None,
+    person_rate: Annotated[
+        float | None, typer.Option(help="With person: share of persons in a step. [0.5]")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="All randomness follows from it. [1]")] = None,
     gate: Annotated[
         str | None, typer.Option(help="validation or none. By default validation.")

@@ -11,11 +11,13 @@ from collections.abc import Callable, Mapping
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from dafne_federated.client.private_round import require_noise, train_privately
 from dafne_federated.client.site import Site, dice_by_label
 from dafne_federated.client.site_settings import site_of
 from dafne_federated.core.errors import ApprovalError, MessageError, StateError
 from dafne_federated.core.files import sha256
 from dafne_federated.core.plan import AdaptationPlan
+from dafne_federated.core.privacy_accountant import UNIT
 from dafne_federated.core.state import without_factors
 from dafne_federated.core.versions import software_version
 from dafne_federated.core.wire import (
@@ -103,6 +105,9 @@ def share_statistics(message: Message, context: Context) -> Message:
         plan = site.agreed_plan(request.run, request.plan_digest, request.base_digest)
         if not site.settings.share_statistics:
             return respond(site, "withheld", "this site does not share statistics").to_record()
+        if site.settings.min_noise:
+            reason = "this site hides each person, and statistics of all of them have no noise"
+            return respond(site, "withheld", reason).to_record()
         if request.what == "classes":
             counts, slices = site.class_counts(plan)
             pixels, holding = list(counts.pixels), list(counts.slices)
@@ -149,26 +154,38 @@ def _round(message: Message, context: Context, train: bool) -> Message:
         }
         if not train:
             return _round_reply(request, site, "ok", "", fields).to_record()
-        state, result, slices = site.train(
-            plan,
-            state,
-            request.epochs,
-            request.batch_size,
-            request.learning_rate,
-            request.seed,
-            request.round,
-            trained=rule.trained,
-            classes=request.classes,
-        )
+        fields["training_cases"] = len(site.settings.training)
+        require_noise(site.settings, request.mechanism)
+        if request.mechanism:
+            answer = train_privately(site, plan, state, request, request.mechanism)
+            state = answer.state
+            fields |= {
+                "unit": UNIT,
+                "epsilon": answer.epsilon,
+                "delta": answer.delta,
+                "steps": answer.steps,
+                "seconds": answer.seconds,
+            }
+        else:
+            state, result, slices = site.train(
+                plan,
+                state,
+                request.epochs,
+                request.batch_size,
+                request.learning_rate,
+                request.seed,
+                request.round,
+                trained=rule.trained,
+                classes=request.classes,
+            )
+            fields |= {
+                "training_slices": slices,
+                "loss": result.loss,
+                "seconds": result.seconds,
+            }
         if rule.personal:
             name = site.settings.name
             site.cache.keep_personal(request.run, name, plan, request.round, state)
-        fields |= {
-            "training_cases": len(site.settings.training),
-            "training_slices": slices,
-            "loss": result.loss,
-            "seconds": result.seconds,
-        }
         arrays = state_record(plan, without_factors(state, rule.absent), request.wire)
         return _round_reply(request, site, "ok", "", fields).to_record(arrays)
 

@@ -66,12 +66,14 @@ class PrivacyLedger:
 
     Args:
         folder: Where they lie; made if it is missing.
+        key: Of a site that has none yet. Only a simulation gives it, so that it can be run
+            again with the same bits; by default it is made here and known nowhere else.
 
     Raises:
         ApprovalError: There is a key and no ledger.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, key: bytes | None = None) -> None:
         self.folder = private_folder(folder)
         self._path = folder / "ledger.json"
         self._key = folder / "key"
@@ -81,7 +83,7 @@ class PrivacyLedger:
             if not self._path.exists():  # before the key, so that a kill leaves no key alone
                 self._write(())
             if not self._key.exists():
-                write_key(folder, secrets.token_bytes(KEY_BYTES))
+                _write_key(folder, key or secrets.token_bytes(KEY_BYTES))
 
     def name(self, content: str) -> str:
         """Return the name of the release that follows from ``content``."""
@@ -116,9 +118,9 @@ class PrivacyLedger:
         with self._locked():
             known = self.releases()
             if release.name in {old.name for old in known}:
-                return self._totals(known, release.run, delta)
+                return self._totals(known, release, delta)
             after = (*known, release)
-            own, total = self._totals(after, release.run, delta)
+            own, total = self._totals(after, release, delta)
             if not total <= bound:
                 msg = (
                     f"with this round one person's data would have been used up to epsilon "
@@ -130,10 +132,10 @@ class PrivacyLedger:
             return own, total
 
     def _totals(
-        self, releases: tuple[Release, ...], run: str, delta: float
+        self, releases: tuple[Release, ...], new: Release, delta: float
     ) -> tuple[float, float]:
         total = epsilon_of([release.spent for release in releases], delta)
-        mine = [release.spent for release in releases if release.run == run]
+        mine = [old.spent for old in releases if new.run == old.run or new.name == old.name]
         return (total if len(mine) == len(releases) else epsilon_of(mine, delta)), total
 
     def _derive(self, purpose: str, content: str) -> bytes:
@@ -154,7 +156,7 @@ class PrivacyLedger:
             yield
 
 
-def write_key(folder: Path, key: bytes) -> None:
+def _write_key(folder: Path, key: bytes) -> None:
     """Write the key so that only its owner can read it, whole or not at all."""
     private_folder(folder)
     temporary = folder / f".key-{secrets.token_hex(8)}"

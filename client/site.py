@@ -26,6 +26,7 @@ from dafne_federated.core.moments import Moments
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.prefix_cache import PrefixCache
 from dafne_federated.core.preprocessing import BiasFieldCache
+from dafne_federated.core.private_training import PrivateTraining
 from dafne_federated.core.slices import PreparedSlices, concatenate
 from dafne_federated.core.state import State, initial_state, state_rank
 from dafne_federated.core.strategy_table import Factors, RoundRule
@@ -43,6 +44,7 @@ class Engine:
     model: RunningModel
     adapted: AdaptedNetwork
     training: SuffixTraining | None = None
+    private: PrivateTraining | None = None
     trained: Factors = "both"
 
 
@@ -53,6 +55,7 @@ class _Kept:
     engine_key: tuple[str, str, int, str] | None = None
     engine: Engine | None = None
     slices: dict[tuple[str, str, ClassCounts | None], PreparedSlices] = field(default_factory=dict)
+    persons: dict[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
     bias_fields: dict[str, BiasFieldCache] = field(default_factory=dict)
 
 
@@ -172,6 +175,24 @@ class Site:
         Raises:
             ApprovalError: The site does not agree to so many epochs.
         """
+        engine, training, slices = self.ready(plan, state, epochs, trained, classes)
+        order = zlib.crc32(f"{seed}/{self.settings.name}/{number}".encode())
+        set_seed(seed, self.settings.name, number)
+        result = training.run(
+            slices, epochs, batch_size, learning_rate, order, cache=self.prefix_cache()
+        )
+        log.info("round %d: %d slices, %.1f s", number, len(slices), result.seconds)
+        return engine.adapted.read(), result, len(slices)
+
+    def ready(
+        self,
+        plan: AdaptationPlan,
+        state: State,
+        epochs: int,
+        trained: Factors = "both",
+        classes: ClassCounts | None = None,
+    ) -> tuple[Engine, SuffixTraining, PreparedSlices]:
+        """Return the engine with ``state`` written in it, its training, and the slices."""
         if epochs > self.settings.max_epochs:
             msg = f"this site trains at most {self.settings.max_epochs} epochs a round"
             raise ApprovalError(msg)
@@ -180,16 +201,10 @@ class Site:
         if engine.training is None or engine.trained != trained:
             precision = self.settings.precision
             engine.adapted.train_factors(trained)
-            engine.training = SuffixTraining(engine.adapted, self._loss(engine), precision)
-            engine.trained = trained
+            engine.training = SuffixTraining(engine.adapted, self.loss(engine), precision)
+            engine.trained, engine.private = trained, None
         engine.adapted.write(state)
-        order = zlib.crc32(f"{seed}/{self.settings.name}/{number}".encode())
-        set_seed(seed, self.settings.name, number)
-        result = engine.training.run(
-            slices, epochs, batch_size, learning_rate, order, cache=self.prefix_cache()
-        )
-        log.info("round %d: %d slices, %.1f s", number, len(slices), result.seconds)
-        return engine.adapted.read(), result, len(slices)
+        return engine, engine.training, slices
 
     def class_counts(self, plan: AdaptationPlan) -> tuple[ClassCounts, int]:
         """Return pixels and slices by class, and the number of training slices."""
@@ -253,20 +268,30 @@ class Site:
             return None
         return PrefixCache(self.cache.features, self.settings.prefix_cache_mib)
 
-    def _loss(self, engine: Engine) -> Loss:
+    def loss(self, engine: Engine) -> Loss:
         """Return the base's loss; where all slices came from disk it is still to be captured."""
         cases = self._cases(self.settings.training)
         while engine.model.loss is None:
             engine.model.prepare(next(cases), self.settings.classification, self.bias_fields())
         return engine.model.loss
 
-    def _slices(self, engine: Engine, classes: ClassCounts | None = None) -> PreparedSlices:
+    def persons(self, engine: Engine) -> tuple[str, ...]:
+        """Return whose each training slice is, once they are prepared."""
+        return _KEPT.persons[self._slices_key(engine)]
+
+    def _slices_key(self, engine: Engine) -> tuple[str, str]:
         names = "/".join(self.settings.training)
-        key = (f"{self.settings.cache}/{names}", engine.model.file.digest, classes)
+        return f"{self.settings.cache}/{names}", engine.model.file.digest
+
+    def _slices(self, engine: Engine, classes: ClassCounts | None = None) -> PreparedSlices:
+        key = (*self._slices_key(engine), classes)
         if key not in _KEPT.slices:
             _KEPT.slices.pop((*key[:2], None), None)  # the same images with other weights
             cases = self._cases(self.settings.training)
-            parts = [part for case in cases if (part := self._prepared(engine, case))]
+            named = [(case.person, self._prepared(engine, case)) for case in cases]
+            owners = [owner for owner, part in named for _ in range(len(part or ()))]
+            _KEPT.persons[key[:2]] = tuple(owners)
+            parts = [part for _, part in named if part]
             if classes:
                 parts = [reweighted(part, classes) for part in parts]
             if not parts:

@@ -30,6 +30,11 @@ class SiteCache:
         """Folder for features of slices, see ``core/prefix_cache.py``."""
         return self.folder / "features"
 
+    @property
+    def privacy(self) -> Path:
+        """Folder of the key and the ledger, see ``privacy_ledger.py``; never to be removed."""
+        return self.folder / "privacy"
+
     def has_base(self, digest: str) -> bool:
         """Return whether the base with this digest is here, whole."""
         path = self._base(digest)

@@ -31,6 +31,12 @@ class SiteSettings(BaseModel):
             where a run asks for them: for each channel of each normalisation the mean and
             variance of what it is given, how many slices there are, and how many pixels and
             slices hold each label. A site that says no takes part without giving them.
+        min_noise: 0 for a site that trains as the run asks. Else it trains only where the run
+            hides each person (privacy 'person') with at least this noise, and shares no
+            statistics.
+        max_epsilon: The most epsilon that its persons' data may be used up to where a run hides
+            persons, all runs together; a round that would pass it is refused.
+        delta: Of that epsilon; must be below 1 / persons.
         threads: CPU threads, 0 for all cores.
         device: ``auto``, ``cpu`` or ``gpu``.
         precision: Of convolutions in training. ``bfloat16`` is faster where the processor
@@ -56,6 +62,9 @@ class SiteSettings(BaseModel):
     max_epochs: int = Field(default=1000, ge=1)
     rank: int | None = Field(default=None, ge=1, le=256)
     share_statistics: bool = True
+    min_noise: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    max_epsilon: float = Field(default=10.0, gt=0, allow_inf_nan=False)
+    delta: float = Field(default=1e-5, gt=0, lt=1)
     threads: int = Field(default=0, ge=0)
     device: str = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"

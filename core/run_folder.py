@@ -69,8 +69,8 @@ class SiteRound(BaseModel):
         status: ``ok``, ``refused``, ``failed``, or ``silent`` until the deadline.
         reason: In words, where it is not ok.
         training_cases: Its weight.
-        training_slices: Slices trained on.
-        loss: Loss of the last epoch, on the base's own scale.
+        training_slices: Slices trained on; None where the site does not say.
+        loss: Loss of the last epoch, on the base's own scale; None where the site does not say.
         seconds: Wall time of training at the site.
         evaluation_seconds: Wall time of evaluation at the site.
         bytes_down: Bytes of records sent to the site.
@@ -80,6 +80,9 @@ class SiteRound(BaseModel):
         device: What it ran on.
         update_norm: How far its update moves the base; see ``strategies/outliers.py``.
         share: How much of its weight a robust rule or the cap left; 0 if it was left out.
+        epsilon: What the run cost each of its persons so far, where they are hidden.
+        delta: Of that epsilon.
+        steps: Noisy steps of this round.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -87,8 +90,8 @@ class SiteRound(BaseModel):
     status: Literal["ok", "refused", "failed", "silent"]
     reason: str = ""
     training_cases: int = 0
-    training_slices: int = 0
-    loss: float = 0.0
+    training_slices: int | None = None
+    loss: float | None = None
     seconds: float = 0.0
     evaluation_seconds: float = 0.0
     bytes_down: int = 0
@@ -98,6 +101,9 @@ class SiteRound(BaseModel):
     device: str = ""
     update_norm: float = 0.0
     share: float = 1.0
+    epsilon: float | None = None
+    delta: float | None = None
+    steps: int | None = None
 
 
 class RoundLine(BaseModel):

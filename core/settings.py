@@ -18,7 +18,8 @@ from pydantic import (
 from dafne_federated.core.errors import AdapterError, SettingsError
 from dafne_federated.core.methods import method_parts
 from dafne_federated.core.plan import LAYER_CHOICES, WireType
-from dafne_federated.core.strategy_table import check_combination
+from dafne_federated.core.privacy_accountant import LEAST_NOISE, Mechanism
+from dafne_federated.core.strategy_table import check_combination, check_privacy
 
 
 class RunSettings(BaseModel):
@@ -45,6 +46,12 @@ class RunSettings(BaseModel):
             of the sites that share theirs.
         class_weights: How often a label occurs, in the weights of Dafne's loss: ``case`` as
             Dafne does it, in one case; ``pooled`` in all training slices of these sites.
+        privacy: ``none``, or ``person``: each site hides each of its persons with noise, and
+            says up to which epsilon; see ``PRIVACY.md``.
+        noise: With ``person``: standard deviation of the noise, a multiple of ``clip``.
+        clip: With ``person``: largest norm of what one person adds to a step.
+        person_rate: With ``person``: probability with which a person takes part in a step, with
+            at most ``batch_size`` slices; an epoch then has 1 / person_rate steps.
         seed: All randomness follows from it, the site's name and the round.
         min_sites: A round counts with at least so many sites.
         deadline: Longest wait for a round's answers, in seconds.
@@ -85,6 +92,10 @@ class RunSettings(BaseModel):
     wire: WireType = "float32"
     statistics: Literal["base", "pooled"] = "base"
     class_weights: Literal["case", "pooled"] = "case"
+    privacy: Literal["none", "person"] = "none"
+    noise: float = Field(default=2.0, ge=LEAST_NOISE, le=1000)
+    clip: float = Field(default=0.1, gt=0, le=1e6)
+    person_rate: float = Field(default=0.5, ge=0.001, le=1)
     seed: int = Field(default=1, ge=0, le=2**31 - 1)
     min_sites: int = Field(default=2, ge=1)
     deadline: float = Field(default=3600.0, gt=0)
@@ -136,6 +147,30 @@ class RunSettings(BaseModel):
             )
             raise ValueError(msg)
         return self
+
+    @model_validator(mode="after")
+    def _privacy_fits(self) -> Self:
+        if self.privacy == "none":
+            for name in ("noise", "clip", "person_rate"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    flag = name.replace("_", "-")
+                    msg = (
+                        f"{flag} is for privacy 'person', and privacy is 'none': nothing is hidden"
+                    )
+                    raise ValueError(msg)
+            return self
+        try:
+            check_privacy(self.statistics, self.class_weights)
+        except SettingsError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    @property
+    def mechanism(self) -> Mechanism | None:
+        """How sites hide their persons, if they do."""
+        if self.privacy == "none":
+            return None
+        return Mechanism(self.noise, self.clip, self.person_rate)
 
     def learning_rate_in(self, number: int) -> float:
         """Return the learning rate of round ``number``, 1 first.

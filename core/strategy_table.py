@@ -8,19 +8,26 @@ started again, needs nothing from before.
 
 What combines, as ``check_combination`` and ``server/membership.py`` enforce it:
 
-| strategy    | low-rank pairs | own ranks of sites | robust 'clipped' | release |
-|-------------|----------------|--------------------|------------------|---------|
-| fedavg      | never          | no                 | yes              | yes     |
-| factors     | maybe          | no                 | yes              | yes     |
-| frozen-a    | always         | no                 | yes              | yes     |
-| alternating | always         | no                 | no               | yes     |
-| product     | maybe          | yes                | yes              | yes     |
-| stack       | always         | yes                | yes              | yes     |
-| shared-a    | always         | no                 | no               | no      |
+| strategy    | low-rank pairs | own ranks of sites | robust 'clipped' | release | noisy factors |
+|-------------|----------------|--------------------|------------------|---------|---------------|
+| fedavg      | never          | no                 | yes              | yes     | none          |
+| factors     | maybe          | no                 | yes              | yes     | both          |
+| frozen-a    | always         | no                 | yes              | yes     | one           |
+| alternating | always         | no                 | no               | yes     | one           |
+| product     | maybe          | yes                | yes              | yes     | both          |
+| stack       | always         | yes                | yes              | yes     | both          |
+| shared-a    | always         | no                 | no               | no      | both          |
 
 Low-rank pairs come from method 'lora', alone or with others; every other method changes whole
 arrays. The other robust rules choose or weigh updates and go with every strategy. Ranks of
 their own need products to be averaged; a factor that stands still must be the same everywhere.
+
+With privacy 'person' each site adds the noise before anything leaves it, so what the server
+makes of it costs nothing more and every strategy and robust rule holds. The last column says in
+how many factors of a pair there is noise in one round: noise in both multiplies, so 'frozen-a'
+keeps most of the accuracy, 'alternating' comes next (https://arxiv.org/abs/2403.12313). A
+factor that stays at its site ('shared-a') is clipped and gets noise together with the one that
+leaves. Refused are pooled statistics and pooled class weights: they leave without noise.
 """
 
 from dataclasses import dataclass
@@ -83,6 +90,13 @@ class StrategyRules:
     grows: bool = False
     clipped: bool = True
     common: bool = True
+
+    @property
+    def noisy(self) -> Literal["none", "one", "both"]:
+        """In how many factors of a pair one round puts noise that hides persons."""
+        if self.pairs == "never":
+            return "none"
+        return "both" if "both" in (self.odd.trained, self.even.trained) else "one"
 
 
 _ONLY_A, _ONLY_B = RoundRule("a", "a"), RoundRule("b", "b")
@@ -195,5 +209,23 @@ def check_combination(
         msg = (
             f"robust {robust!r} needs {least} updates to bear {bad_sites} bad ones, and rounds of "
             f"{min_sites} would count; raise min-sites to {least}, or take fewer bad-sites"
+        )
+        raise SettingsError(msg)
+
+
+def check_privacy(statistics: str, class_weights: str) -> None:
+    """Refuse what carries something of a person past the noise that hides persons.
+
+    Args:
+        statistics: That setting of the run.
+        class_weights: That setting of the run.
+
+    Raises:
+        SettingsError: In words, and what to take.
+    """
+    if "pooled" in (statistics, class_weights):
+        msg = (
+            "privacy 'person' does not cover what sites pool over all their persons; take "
+            "statistics 'base' and class-weights 'case', or privacy 'none'"
         )
         raise SettingsError(msg)

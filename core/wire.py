@@ -11,11 +11,12 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dafne_federated.core.class_weights import ClassCounts
 from dafne_federated.core.errors import MessageError
 from dafne_federated.core.plan import Sha256, WireType
+from dafne_federated.core.privacy_accountant import LEAST_NOISE, Mechanism
 from dafne_federated.core.strategy_table import Factors, RoundRule
 
 PROTOCOL = 1
@@ -152,6 +153,10 @@ class RoundRequest(WireMessage):
         class_pixels: Pixels of each output channel at all sites, background first, where the
             sites pooled them; a site then weighs labels by these counts.
         class_slices: Slices that hold each of them.
+        noise: Where each person is to be hidden: the noise, a multiple of ``clip``. Without it
+            there is none, and no clip and no rate.
+        clip: Largest norm of what one person adds to a step.
+        person_rate: Probability with which a person takes part in a step.
     """
 
     protocol: Literal[1] = 1
@@ -168,6 +173,23 @@ class RoundRequest(WireMessage):
     sent: Factors = "both"
     class_pixels: Counts | None = None
     class_slices: Counts | None = None
+    noise: float | None = Field(default=None, ge=LEAST_NOISE, le=1000)
+    clip: float | None = Field(default=None, gt=0, le=1e6)
+    person_rate: float | None = Field(default=None, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _whole_mechanism(self) -> Self:
+        if len({value is None for value in (self.noise, self.clip, self.person_rate)}) > 1:
+            msg = "expected noise, clip and person-rate together, or none of them"
+            raise ValueError(msg)
+        return self
+
+    @property
+    def mechanism(self) -> Mechanism | None:
+        """How each person is to be hidden, if at all."""
+        if self.noise is None or self.clip is None or self.person_rate is None:
+            return None
+        return Mechanism(self.noise, self.clip, self.person_rate)
 
     @property
     def rule(self) -> RoundRule:
@@ -236,17 +258,21 @@ class RoundReply(WireMessage):
         reason: In words, without paths or names of persons.
         device: What it ran on.
         training_cases: Cases trained on: the site's weight.
-        training_slices: Slices trained on.
-        loss: Mean loss of the last epoch, on the base's own scale.
+        training_slices: Slices trained on; None where persons are hidden.
+        loss: Mean loss of the last epoch, on the base's own scale; None where persons are hidden.
         seconds: Wall time of training.
         evaluation_seconds: Wall time of evaluating the received state.
         dice: Dice of the received state on the site's validation cases, per label of the plan.
         dice_cases: In how many cases each label could be measured; 0 makes its Dice void.
+        unit: Whom the noise hides, where the round asked for it.
+        epsilon: What this run cost each of them so far, an upper bound; see ``PRIVACY.md``.
+        delta: Of that epsilon.
+        steps: Noisy steps of this round.
     """
 
     metrics: ClassVar[frozenset[str]] = frozenset(
         {"training-cases", "training-slices", "loss", "seconds", "evaluation-seconds", "dice"}
-    ) | {"dice-cases"}
+    ) | {"dice-cases", "epsilon", "delta", "steps"}
 
     protocol: Literal[1] = 1
     run: str = Field(pattern=r"^[0-9a-f]{32}$")
@@ -258,12 +284,16 @@ class RoundReply(WireMessage):
     reason: Reason = ""
     device: str = Field(default="", max_length=100, pattern=_PLAIN)
     training_cases: int = Field(default=0, ge=0)
-    training_slices: int = Field(default=0, ge=0)
-    loss: float = 0.0
+    training_slices: int | None = Field(default=None, ge=0)
+    loss: float | None = None
     seconds: float = Field(default=0.0, ge=0)
     evaluation_seconds: float = Field(default=0.0, ge=0)
     dice: list[Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=list)
     dice_cases: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+    unit: Literal["person"] | None = None
+    epsilon: float | None = Field(default=None, ge=0)
+    delta: float | None = Field(default=None, gt=0, lt=1)
+    steps: int | None = Field(default=None, ge=1)
 
 
 def plain(text: object) -> str:

@@ -85,7 +85,7 @@ def _round(
 ) -> tuple[RoundLine, State]:
     settings, begun = info.settings, time.monotonic()
     trained = number <= settings.rounds
-    rule = round_rule(settings.strategy, number)
+    rule, mechanism = round_rule(settings.strategy, number), settings.mechanism
     request = RoundRequest(
         run=info.run,
         round=number,
@@ -100,6 +100,9 @@ def _round(
         wire=settings.wire,
         class_pixels=list(classes.pixels) if classes and trained else None,
         class_slices=list(classes.slices) if classes and trained else None,
+        noise=mechanism.noise if mechanism and trained else None,
+        clip=mechanism.clip if mechanism and trained else None,
+        person_rate=mechanism.rate if mechanism and trained else None,
     )
     cuts = _cuts(plan, members, state, settings, number)
     contents = {
@@ -198,6 +201,10 @@ def _site_round(plan: AdaptationPlan, answer: Answer, down: int, up: int) -> Sit
         fields = {
             "dice": {label: value for label, value, _ in rows},
             "dice_cases": {label: count for label, _, count in rows},
+            # Spent, whatever became of the update.
+            "epsilon": reply.epsilon,
+            "delta": reply.delta,
+            "steps": reply.steps,
         }
     if reply is not None and verdict.status == "ok":
         fields |= {

@@ -38,6 +38,7 @@ from dafne_federated.core.settings import RunSettings
 from dafne_federated.simulations.partition import Partition, PartitionSettings, divide
 from dafne_federated.simulations.phantoms import POPULATIONS, write_phantoms
 from dafne_federated.simulations.progress import Stages, epoch_note
+from dafne_federated.simulations.simulated_privacy import require_accountant, with_simulated_privacy
 
 log = logging.getLogger(__name__)
 
@@ -216,6 +217,7 @@ def _images(simulation: Simulation, stages: Stages) -> tuple[DataFolder, Partiti
 
 def _check(partition: Partition, images: DataFolder, settings: RunSettings) -> None:
     """Refuse what would only be noticed after hours of training."""
+    require_accountant(settings)
     sites = partition.sites.values()
     if len(sites) < settings.min_sites:
         msg = f"expected at least min-sites {settings.min_sites} sites, got {len(sites)}"
@@ -285,7 +287,7 @@ def _make(
             device=settings.device,
             precision=settings.precision,
         )
-        keep_site(run, site)
+        keep_site(run, with_simulated_privacy(site, settings))
     test = {name: tuple(ref.name for ref in cases.test) for name, cases in partition.sites.items()}
     for site_name in sorted({ref.site for ref in partition.held_out}):
         test[site_name] = tuple(ref.name for ref in partition.held_out if ref.site == site_name)

@@ -19,6 +19,7 @@ from dafne_federated.simulations.comparison import Comparison, Person, compare, 
 from dafne_federated.simulations.figures import Picture, dice_by_arm, dice_by_round, line_swatch
 from dafne_federated.simulations.overlay_pictures import label_swatch, overlay_pictures, upright
 from dafne_federated.simulations.release_check import load_release_check
+from dafne_federated.simulations.simulated_privacy import site_privacy
 from dafne_federated.simulations.test_results import Overlay, load_overlays, load_test_rows
 from dafne_federated.simulations.traffic_figures import traffic_charts
 from dafne_federated.simulations.verdict import counted, verdict
@@ -148,6 +149,7 @@ def write_report(folder: RunFolder) -> Path:
         "bars": _bars(comparison) if comparison else {},
         "overlays": overlays,
         "refusals": _refusals(folder, rounds),
+        "privacy": site_privacy(rounds),
         "traffic": _traffic(rounds, base),
         "charts": traffic_charts(rounds, len(base) if base else None) if rounds else [],
         "sizes": Sizes(_trained(plan), _parameters(base)),

@@ -86,6 +86,9 @@ def judge(
         if not 0 < reply.training_cases <= max_cases:
             msg = f"training cases: expected 1 to {max_cases}, got {reply.training_cases}"
             raise StateError(msg)
+        if request.mechanism and (reply.unit is None or reply.epsilon is None):
+            msg = "privacy: expected an update that hides persons and its epsilon, got one without"
+            raise StateError(msg)
         state = take_state(content, plan, request.wire, absent=request.rule.absent)
         ends = tuple(f"/{part}" for part in request.rule.held)
         held = {name: value for name, value in (sent or {}).items() if name.endswith(ends)}

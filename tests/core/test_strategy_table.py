@@ -61,6 +61,6 @@ def test_the_printed_table_is_the_enforced_one() -> None:
     printed = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
     words = {True: "yes", False: "no"}
     assert printed == [
-        [name, r.pairs, words[r.ranks], words[r.clipped], words[r.common]]
+        [name, r.pairs, words[r.ranks], words[r.clipped], words[r.common], r.noisy]
         for name, r in STRATEGY_TABLE.items()
     ]
