@@ -58,7 +58,7 @@ def epsilon_of(spent: Iterable[Spent], delta: float) -> float:
 
     Source:
         Poisson sampled Gaussians composed by privacy loss distributions,
-        https://arxiv.org/abs/2106.08567 and https://arxiv.org/abs/2207.04380, as in the
+        https://arxiv.org/abs/2207.04380, as in the
         package dp-accounting.
     """
     try:

@@ -7,7 +7,7 @@ What Adam and the server make of it afterwards costs no more.
 
 Draws and noise follow from a seed that only the site can know. Noise comes from numpy's
 float64 generator: attacks on the gaps between floating-point numbers are not defended against
-(https://arxiv.org/abs/2207.10635), and Philox is a good generator, not a cryptographic one.
+(https://arxiv.org/abs/2112.05307), and Philox is a good generator, not a cryptographic one.
 
 Source:
     DP-SGD, https://arxiv.org/abs/1607.00133; a person as the unit and the division by the

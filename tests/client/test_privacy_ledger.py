@@ -13,9 +13,9 @@ import pytest
 
 pytest.importorskip("dp_accounting")
 
-from dafne_federated.client.privacy_ledger import KEY_BYTES, PrivacyLedger, Release  # noqa: E402
-from dafne_federated.core.errors import ApprovalError  # noqa: E402
-from dafne_federated.core.privacy_accountant import Spent, epsilon_of  # noqa: E402
+from dafne_federated.client.privacy_ledger import KEY_BYTES, PrivacyLedger, Release
+from dafne_federated.core.errors import ApprovalError
+from dafne_federated.core.privacy_accountant import Spent, epsilon_of
 
 DELTA = 1e-5
 

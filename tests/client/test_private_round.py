@@ -19,7 +19,7 @@ from dafne_federated.core.plan import AdaptationPlan  # noqa: E402
 from dafne_federated.core.state import State  # noqa: E402
 from dafne_federated.core.wire import RoundReply, StatisticsReply  # noqa: E402
 from dafne_federated.core.wire_arrays import take_state  # noqa: E402
-from tests.client.conftest import MakeSite, SiteUnderTest, plan  # noqa: E402, F401 - a fixture
+from tests.client.conftest import MakeSite, SiteUnderTest  # noqa: E402
 
 ASKED = {"noise": 4.0, "clip": 0.1, "person_rate": 0.5}
 

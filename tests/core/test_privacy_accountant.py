@@ -38,7 +38,11 @@ def test_without_drawing_it_is_the_closed_form_of_composed_gaussians(
 
 
 def test_one_drawn_step_is_bounded_by_amplification_on_paper() -> None:
-    """Source: epsilon' = ln(1 + q (e^epsilon - 1)) at delta' = q delta, arXiv 1210.2643."""
+    """It is ln(1 + q (e^epsilon - 1)) at q delta.
+
+    Source:
+        Theorem 8 of https://arxiv.org/abs/1807.01647.
+    """
     pytest.importorskip("dp_accounting")
     rate = 0.1
     bound = math.log1p(rate * math.expm1(gaussian_epsilon(1.0, 1e-5 / rate)))
