@@ -56,3 +56,25 @@ def test_mistakes_are_named(tmp_path: Path, text: str, words: str) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"nowhere\.toml: cannot read settings"):
         read_settings(tmp_path / "nowhere.toml")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"noise": 1.0}, "noise is for privacy 'person', and privacy is 'none'"),
+        ({"person-rate": 0.1}, "person-rate is for privacy 'person'"),
+        ({"privacy": "person", "statistics": "pooled"}, "take statistics 'base'"),
+        ({"privacy": "person", "class-weights": "pooled"}, "class-weights 'case'"),
+        ({"privacy": "person", "noise": 0.01}, "noise: "),
+    ],
+)
+def test_privacy_that_would_not_hold_is_refused(given: dict[str, object], words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        read_settings(None, **given)
+
+
+def test_without_privacy_there_is_no_mechanism() -> None:
+    assert RunSettings().mechanism is None
+    mechanism = RunSettings(privacy="person", noise=3.0).mechanism
+    assert mechanism is not None
+    assert (mechanism.noise, mechanism.rate) == (3.0, RunSettings().person_rate)
