@@ -170,11 +170,13 @@ def _content(
     }
     settings = site.settings
     question = request.model_dump(
-        mode="json", exclude={"run", "wire", "sent", "class_pixels", "class_slices"}
+        mode="json", exclude={"run", "plan_digest", "wire", "sent", "class_pixels", "class_slices"}
     )
     here = [settings.name, settings.precision, settings.prefix_cache, site.device().name]
-    digests = [plan.digest, arrays_digest(state), arrays_digest(arrays)]
-    parts = [_VERSION, software_version(), question, here, digests, persons]
+    # Names of layers differ from process to process, and nothing depends on them.
+    planned = plan.model_dump(mode="json", exclude={"targets": {"__all__": {"layer"}}})
+    digests = [arrays_digest(state), arrays_digest(arrays)]
+    parts = [_VERSION, software_version(), question, here, planned, digests, persons]
     return json.dumps(parts, sort_keys=True)
 
 

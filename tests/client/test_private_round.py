@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def test_delta_must_mean_something(make_site: MakeSite, plan: AdaptationPlan, tr
 
 
 def test_a_person_of_both_parts_is_refused(
-    make_site: MakeSite, plan: AdaptationPlan, trained: Any, squares_folder: Path, tmp_path: Path
+    plan: AdaptationPlan, trained: Any, squares_folder: Path, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
     shutil.copytree(squares_folder, data)
@@ -156,5 +157,5 @@ def test_a_person_of_both_parts_is_refused(
         for row in rows:
             same = row["subject"] in ("clinic-0", "clinic-2")
             writer.writerow(row | {"person": "the same" if same else row["person"]})
-    site = site_with(make_site, plan, trained, data=str(data))
+    site = site_with(partial(SiteUnderTest, tmp_path, data), plan, trained)
     assert "the Dice of validation cases leaves" in refused(site.round(plan, **ASKED))
