@@ -61,7 +61,8 @@ def receive(
     norm = update_norm(plan, arrays)
     if not cut.whole:
         arrays = completed(dict(arrays), cut.rest)
-    update = replace(verdict.update, state=folder.keep_update(site, arrays))
+    kept = folder.keep_update(f"{request.round}/{site}", arrays)  # a late one may stand beside it
+    update = replace(verdict.update, state=kept)
     return Answer(replace(verdict, update=update), size, norm)
 
 
