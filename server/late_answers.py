@@ -55,6 +55,6 @@ def with_late(
             continue
         said = f"{own.verdict.reason}; " if own.verdict.reason else ""
         reason = f"{said}its update of round {item.round} came late and is used"
-        verdict = Verdict("late", reason, own.verdict.reply, update)
-        result[item.site] = replace(own, verdict=verdict, norm=item.answer.norm)
+        verdict = Verdict("ok", reason, own.verdict.reply, update)
+        result[item.site] = replace(own, verdict=verdict, norm=item.answer.norm, late=True)
     return result

@@ -88,8 +88,8 @@ def _round(
     settings, begun = info.settings, time.monotonic()
     trained = number <= settings.rounds
     rule = round_rule(settings.strategy, number)
-    training = members.nodes if trained else ()
-    training = set(sampled(training, settings.sites_per_round, settings.seed, number))
+    candidates = sorted(members.nodes) if trained else []
+    training = set(sampled(candidates, settings.sites_per_round, settings.seed, number))
     request = RoundRequest(
         run=info.run,
         round=number,
@@ -225,7 +225,7 @@ def _cuts(
 
 def _tell_late(folder: RunFolder, answers: Answers, late: list[LateAnswer], number: int) -> None:
     for item in late:
-        used = answers[item.site].verdict.status == "late" and item.round == number - 1
+        used = answers[item.site].late and item.round == number - 1
         log.warning("an answer of %s to round %d came late", item.site, item.round)
         folder.event("late answer", site=item.site, round=item.round, during=number, used=used)
 
@@ -258,9 +258,9 @@ def _site_round(plan: AdaptationPlan, answer: Answer, asked: bool, down: int, up
             "dice": {label: value for label, value, _ in rows},
             "dice_cases": {label: count for label, _, count in rows},
         }
-    if verdict.status == "late" and verdict.update is not None:
+    if answer.late and verdict.update is not None:
         fields |= {"training_cases": verdict.update.cases, "update_norm": answer.norm}
-    if reply is not None and verdict.status == "ok":
+    elif reply is not None and verdict.status == "ok":
         fields |= {
             "training_cases": reply.training_cases,
             "training_slices": reply.training_slices,
@@ -272,7 +272,7 @@ def _site_round(plan: AdaptationPlan, answer: Answer, asked: bool, down: int, up
         }
     return SiteRound.model_validate(
         {
-            "status": verdict.status,
+            "status": "late" if answer.late else verdict.status,
             "reason": verdict.reason,
             "asked": asked,
             "bytes_down": down,

@@ -27,15 +27,14 @@ class Verdict:
     """What became of one reply.
 
     Attributes:
-        status: ``ok``, ``refused`` (here or by the site), ``failed`` (at the site), ``silent``, or
-            ``late`` where the update is one of the round before.
+        status: ``ok``, ``refused`` (here or by the site), ``failed`` (at the site), ``silent``.
         reason: In words; empty if ok.
         reply: The typed half, if it could be read and answers this round; it stays where the
             update is refused, for the Dice that it reports is of what the site was sent.
         update: The update, if ok and the site trained.
     """
 
-    status: Literal["ok", "late", "refused", "failed", "silent"]
+    status: Literal["ok", "refused", "failed", "silent"]
     reason: str = ""
     reply: RoundReply | None = None
     update: Update | None = None
