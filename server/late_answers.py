@@ -5,7 +5,10 @@ it closed with. With ``use``, the update of round t is taken into round t + 1 if
 none there: it did not answer, its program failed, or it was not asked to train. The gate judges it
 against the request of round t, the state that was sent then and its rank, and it counts with the
 cases of its site as any other; as every update it is a whole state, and no difference to one, so
-its weight pulls the mean back towards the round before. It counts for ``min_sites``, too.
+its weight pulls the mean back towards the round before. It counts for ``min_sites``, too. The mean
+stays what each strategy makes it: with ``factors`` there are more cross terms, those of two rounds;
+with ``alternating`` the factor that stands still is another one in the round before, so late
+updates are refused there (``core/strategy_table.py``).
 
 What is waiting is known to the process that asked. After a restart it is lost, so that a run with
 ``use`` that is stopped between two such rounds may end in other bits; with ``drop`` it does not.

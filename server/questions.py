@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 from dafne_federated.core.rank_cut import Cut
 from dafne_federated.core.wire import EVALUATE_STATE, TRAIN_ROUND, RoundRequest
 
-# A message outlives the wait for its answer by so many seconds.
+# A message outlives its round and the next one, where its answer is a late one, by so many seconds.
 _LONGER = 600.0
 
 
@@ -75,7 +75,7 @@ class Questions:
             nodes: Flower's node id by site.
             wait: Longest wait for the answer, in seconds.
         """
-        names, ttl = sorted(asks), wait + _LONGER
+        names, ttl = sorted(asks), 2 * wait + _LONGER
         messages = [
             Message(
                 asks[name].content,

@@ -67,7 +67,8 @@ def collect(
             found = questions.answers()
             for question, content in found:
                 if question.round != number:
-                    late.append(_late(question, content, judge))
+                    if content is not None:  # else the transport gave up on it
+                        late.append(_late(question, content, judge))
                     continue
                 site = question.site
                 answers[site] = judge(site, content, asks[site])
@@ -116,8 +117,7 @@ def _may_yet(answer: Answer | None) -> bool:
     return answer is None or answer.verdict.status == "failed"
 
 
-def _late(question: Question, content: RecordDict | None, judge: Judge) -> LateAnswer:
-    size = 0 if content is None else record_bytes(content)
+def _late(question: Question, content: RecordDict, judge: Judge) -> LateAnswer:
     ask = question.ask
-    answer = judge(question.site, content, ask) if content is not None and ask else None
-    return LateAnswer(question.site, question.round, size, answer)
+    answer = judge(question.site, content, ask) if ask else None
+    return LateAnswer(question.site, question.round, record_bytes(content), answer)
