@@ -52,7 +52,7 @@ COMMON = {
     "threads": 1,
 }
 FULL = {
-    "rounds": 5,
+    "rounds": 4,
     "base_persons": 8,
     "base_epochs": 12,
     "resolution": 1.875,
