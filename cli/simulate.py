@@ -79,6 +79,18 @@ def simulate(
         float | None, typer.Option(help="Dice that a label of a site may lose. [0.05]")
     ] = None,
     min_sites: Annotated[int | None, typer.Option(help="Without so many no round. [2]")] = None,
+    sites_per_round: Annotated[
+        int | None, typer.Option(help="So many, drawn anew, train in a round; 0 for all. [0]")
+    ] = None,
+    grace: Annotated[
+        float | None, typer.Option(help="Longer wait if too few answered, seconds. [0]")
+    ] = None,
+    retries: Annotated[
+        int | None, typer.Option(help="Times to ask again if too few answered. [1]")
+    ] = None,
+    late: Annotated[
+        str | None, typer.Option(help="Update after its round: drop or use. By default drop.")
+    ] = None,
     deadline: Annotated[float | None, typer.Option(help="Of a round, seconds. [3600]")] = None,
     wait: Annotated[float | None, typer.Option(help="For the sites, seconds. [300]")] = None,
     max_cases: Annotated[
@@ -156,6 +168,7 @@ def simulate(
 
 def _summary(path: Path) -> None:
     from dafne_federated.core.run_folder import RunFolder
+    from dafne_federated.simulations.aggregation_words import aggregation_words
     from dafne_federated.simulations.comparison import compare
     from dafne_federated.simulations.release_check import load_release_check
     from dafne_federated.simulations.test_results import ARMS, load_test_rows
@@ -171,6 +184,8 @@ def _summary(path: Path) -> None:
             cells = ["-" if value is None else f"{value:.3f}" for value in shown]
             table.add_row(line.site or "all", str(line.persons), *cells)
         console.print(table)
+    if words := aggregation_words(folder.info(), plan, folder.rounds()):
+        console.print(words, highlight=False)
     word = "Released" if result.released else "Nothing released"
     console.print(f"{word}: {result.reason}", highlight=False)
     if result.released:

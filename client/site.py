@@ -38,12 +38,16 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Engine:
-    """A base with a plan attached, ready to train; expensive to make, so kept."""
+    """A base with a plan attached, ready to train; expensive to make, so kept.
+
+    What trains is compiled once for each set of factors that moves: with strategy ``alternating``
+    there are two, which share the network and its weights. Each keeps a compiled step and, while
+    it runs, an optimiser of its own.
+    """
 
     model: RunningModel
     adapted: AdaptedNetwork
-    training: SuffixTraining | None = None
-    trained: Factors = "both"
+    trainings: dict[Factors, SuffixTraining] = field(default_factory=dict)
 
 
 @dataclass
@@ -177,15 +181,17 @@ class Site:
             raise ApprovalError(msg)
         engine = self.engine(plan, state_rank(plan, state))
         slices = self._slices(engine, classes)
-        if engine.training is None or engine.trained != trained:
+        engine.adapted.train_factors(trained)
+        if trained not in engine.trainings:
             precision = self.settings.precision
-            engine.adapted.train_factors(trained)
-            engine.training = SuffixTraining(engine.adapted, self._loss(engine), precision)
-            engine.trained = trained
+            made = SuffixTraining(engine.adapted, self._loss(engine), precision)
+            if not made.apart:  # a network has one compiled step
+                engine.trainings.clear()
+            engine.trainings[trained] = made
         engine.adapted.write(state)
         order = zlib.crc32(f"{seed}/{self.settings.name}/{number}".encode())
         set_seed(seed, self.settings.name, number)
-        result = engine.training.run(
+        result = engine.trainings[trained].run(
             slices, epochs, batch_size, learning_rate, order, cache=self.prefix_cache()
         )
         log.info("round %d: %d slices, %.1f s", number, len(slices), result.seconds)

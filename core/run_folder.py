@@ -66,8 +66,10 @@ class SiteRound(BaseModel):
     """What one site did in one round.
 
     Attributes:
-        status: ``ok``, ``refused``, ``failed``, or ``silent`` until the deadline.
+        status: ``ok``, ``refused``, ``failed``, ``silent`` until the round closed, or ``late``
+            where its update of the round before was used.
         reason: In words, where it is not ok.
+        asked: Whether it was asked for an update in a round of training; else it only measured.
         training_cases: Its weight.
         training_slices: Slices trained on.
         loss: Loss of the last epoch, on the base's own scale.
@@ -84,8 +86,9 @@ class SiteRound(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    status: Literal["ok", "refused", "failed", "silent"]
+    status: Literal["ok", "late", "refused", "failed", "silent"]
     reason: str = ""
+    asked: bool = True
     training_cases: int = 0
     training_slices: int = 0
     loss: float = 0.0
@@ -118,6 +121,8 @@ class RoundLine(BaseModel):
         seconds: Wall time of the round at the server.
         whole: Whether every site received the state whole. Else sites of smaller rank measured
             their own cut of it, and it is not released.
+        attempts: How often the sites were asked until there were enough usable updates.
+        aggregation_seconds: Wall time of combining; 0 without training.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -129,6 +134,8 @@ class RoundLine(BaseModel):
     state_digest: str
     seconds: float
     whole: bool = True
+    attempts: int = 1
+    aggregation_seconds: float = 0.0
 
 
 class RunResult(BaseModel):
@@ -239,10 +246,10 @@ class RunFolder:
         write_atomic(self.path / "rounds.jsonl", text.encode())
         shutil.rmtree(self.path / "updates", ignore_errors=True)
 
-    def keep_update(self, site: str, arrays: Mapping[str, npt.NDArray[np.float32]]) -> StoredState:
-        """Put a site's update of the running round on disk and return it from there."""
+    def keep_update(self, name: str, arrays: Mapping[str, npt.NDArray[np.float32]]) -> StoredState:
+        """Put an update on disk until the running round ends, and return it from there."""
         folder = private_folder(self.path / "updates")
-        return keep_arrays(folder / f"{sha256(site.encode())[:32]}.npz", arrays)
+        return keep_arrays(folder / f"{sha256(name.encode())[:32]}.npz", arrays)
 
     def state_after(self, number: int) -> State:
         """Return the state after round ``number``.

@@ -18,7 +18,7 @@ from pydantic import (
 from dafne_federated.core.errors import AdapterError, SettingsError
 from dafne_federated.core.methods import method_parts
 from dafne_federated.core.plan import LAYER_CHOICES, WireType
-from dafne_federated.core.strategy_table import check_combination
+from dafne_federated.core.strategy_table import check_combination, check_late
 
 
 class RunSettings(BaseModel):
@@ -35,7 +35,7 @@ class RunSettings(BaseModel):
         method: What is trained: a name of the table of methods, or several joined by ``+``.
         layers: Which kernels get a low-rank pair, with method ``lora``.
         last: Layers that method ``last-k`` trains.
-        rank: Rank of the pairs.
+        rank: Rank of the pairs; with ``product`` also of the state where sites have their own.
         max_rank: Largest rank accepted from a site.
         scale: The update of a kernel is scale * a @ b.
         wire: How states travel; ``float16`` halves the bytes. The state of each round then has
@@ -46,8 +46,15 @@ class RunSettings(BaseModel):
         class_weights: How often a label occurs, in the weights of Dafne's loss: ``case`` as
             Dafne does it, in one case; ``pooled`` in all training slices of these sites.
         seed: All randomness follows from it, the site's name and the round.
-        min_sites: A round counts with at least so many sites.
-        deadline: Longest wait for a round's answers, in seconds.
+        min_sites: A round counts with at least so many usable updates; see ``server/quorum.py``.
+        sites_per_round: So many sites, drawn anew, train in a round and the others only measure;
+            0 for all. See ``server/sampling.py``.
+        deadline: A round closes so many seconds after it was sent, or when all have answered.
+        grace: So many seconds longer it waits if it has too few usable updates by then.
+        retries: So many times a round is asked again of the sites that gave no answer, if it
+            still has too few.
+        late: What becomes of an update that arrives after its round has closed: ``drop``, or
+            ``use`` in the next round; see ``server/late_answers.py``.
         wait: Longest wait for the first ``min_sites`` sites, in seconds.
         threads: CPU threads of one operation, 0 for all cores.
         device: ``auto``, ``cpu`` or ``gpu``.
@@ -87,7 +94,11 @@ class RunSettings(BaseModel):
     class_weights: Literal["case", "pooled"] = "case"
     seed: int = Field(default=1, ge=0, le=2**31 - 1)
     min_sites: int = Field(default=2, ge=1)
+    sites_per_round: int = Field(default=0, ge=0)
     deadline: float = Field(default=3600.0, gt=0)
+    grace: float = Field(default=0.0, ge=0)
+    retries: int = Field(default=1, ge=0, le=100)
+    late: Literal["drop", "use"] = "drop"
     wait: float = Field(default=300.0, gt=0)
     threads: int = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "gpu"] = "auto"
@@ -135,6 +146,20 @@ class RunSettings(BaseModel):
                 "and class-weights 'case', or robust 'none'"
             )
             raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_can_close(self) -> Self:
+        if 0 < self.sites_per_round < self.min_sites:
+            msg = (
+                f"sites-per-round: expected 0 for all, or at least min-sites {self.min_sites}, "
+                f"got {self.sites_per_round}"
+            )
+            raise ValueError(msg)
+        try:
+            check_late(self.strategy, self.late)
+        except SettingsError as error:
+            raise ValueError(str(error)) from None
         return self
 
     def learning_rate_in(self, number: int) -> float:

@@ -8,19 +8,20 @@ started again, needs nothing from before.
 
 What combines, as ``check_combination`` and ``server/membership.py`` enforce it:
 
-| strategy    | low-rank pairs | own ranks of sites | robust 'clipped' | release |
-|-------------|----------------|--------------------|------------------|---------|
-| fedavg      | never          | no                 | yes              | yes     |
-| factors     | maybe          | no                 | yes              | yes     |
-| frozen-a    | always         | no                 | yes              | yes     |
-| alternating | always         | no                 | no               | yes     |
-| product     | maybe          | yes                | yes              | yes     |
-| stack       | always         | yes                | yes              | yes     |
-| shared-a    | always         | no                 | no               | no      |
+| strategy    | low-rank pairs | own ranks of sites | robust 'clipped' | release | late 'use' |
+|-------------|----------------|--------------------|------------------|---------|------------|
+| fedavg      | never          | no                 | yes              | yes     | yes        |
+| factors     | maybe          | no                 | yes              | yes     | yes        |
+| frozen-a    | always         | no                 | yes              | yes     | yes        |
+| alternating | always         | no                 | no               | yes     | no         |
+| product     | maybe          | yes                | yes              | yes     | yes        |
+| stack       | always         | yes                | yes              | yes     | yes        |
+| shared-a    | always         | no                 | no               | no      | yes        |
 
 Low-rank pairs come from method 'lora', alone or with others; every other method changes whole
 arrays. The other robust rules choose or weigh updates and go with every strategy. Ranks of
-their own need products to be averaged; a factor that stands still must be the same everywhere.
+their own need products to be averaged; a factor that stands still must be the same everywhere,
+and with ``alternating`` it is another one in the round before.
 """
 
 from dataclasses import dataclass
@@ -73,6 +74,7 @@ class StrategyRules:
         grows: Whether sites without a rank of their own get the state at whatever rank it has.
         clipped: Whether updates may be clipped, which scales ``b`` and so needs it to be free.
         common: Whether there is a model for everybody that can be released.
+        late: Whether an update of the round before may be combined with those of a round.
     """
 
     does: str
@@ -83,6 +85,7 @@ class StrategyRules:
     grows: bool = False
     clipped: bool = True
     common: bool = True
+    late: bool = True
 
 
 _ONLY_A, _ONLY_B = RoundRule("a", "a"), RoundRule("b", "b")
@@ -100,6 +103,7 @@ STRATEGY_TABLE: dict[str, StrategyRules] = {
         _ONLY_A,
         pairs="always",
         clipped=False,
+        late=False,
     ),
     "product": StrategyRules("the mean of the products, cut to the rank", ranks=True),
     "stack": StrategyRules(
@@ -127,6 +131,10 @@ ROBUST_TABLE: dict[str, str] = {
 }
 
 
+# Rules that bear a number of bad sites, and need as many good ones for that.
+BOUNDED_RULES = ("krum", "multi-krum", "geometric-median")
+
+
 def round_rule(strategy: str, number: int) -> RoundRule:
     """Return what moves in round ``number``, 1 first."""
     rules = STRATEGY_TABLE[strategy]
@@ -148,6 +156,56 @@ def least_sites(robust: str, bad_sites: int) -> int:
         case "clipped":
             return 2
     return 1
+
+
+def bad_left(robust: str, bad_sites: int, updates: int, refused: int) -> int | None:
+    """Return how many bad ones a robust rule reckons with among the updates of a round.
+
+    ``bad_sites`` counts every site whose update is bad, for whatever reason. One whose update the
+    gate refused was one of them, and is gone: among the others there is one less. A site that
+    gave no answer may be a good one, so it lowers nothing. The rule bears as many of the bad ones
+    as the updates allow, and never fewer than may be left.
+
+    Args:
+        robust: A name of the table.
+        bad_sites: Bad sites that it shall bear.
+        updates: Usable updates.
+        refused: Updates that the gate refused.
+
+    Returns:
+        The number, or None if the updates are too few to bear what may be left.
+    """
+    fewest = max(bad_sites - refused, 0)
+    for left in range(bad_sites, fewest - 1, -1):
+        if updates >= least_sites(robust, left):
+            return left
+    return None
+
+
+def updates_suffice(
+    robust: str, bad_sites: int, min_sites: int, updates: int, refused: int
+) -> bool:
+    """Return whether a round may close; see ``bad_left`` for the arguments.
+
+    Bad sites are among the ``min_sites`` that a rule with a bound on them needs, so a refused one
+    counts there. With the other rules it counts nowhere.
+    """
+    counted = updates + (min(refused, bad_sites) if robust in BOUNDED_RULES else 0)
+    return counted >= min_sites and bad_left(robust, bad_sites, updates, refused) is not None
+
+
+def check_late(strategy: str, late: str) -> None:
+    """Refuse to use late updates where those of two rounds cannot be combined.
+
+    Raises:
+        SettingsError: In words, why not and what to take.
+    """
+    if late == "use" and not STRATEGY_TABLE[strategy].late:
+        msg = (
+            f"strategy {strategy!r} moves another factor in each round, so a late update does not "
+            "fit the next one; take late 'drop', or strategy 'frozen-a'"
+        )
+        raise SettingsError(msg)
 
 
 def check_combination(

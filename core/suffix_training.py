@@ -39,6 +39,11 @@ class SuffixTraining:
         self._worth_keeping = worth_keeping(frozen_share(layers, adapted.plan.targets))
         self._cut_off()
 
+    @property
+    def apart(self) -> bool:
+        """Whether what is compiled is beside the adapted network, and not the network itself."""
+        return self._suffix is not None
+
     def run(
         self,
         slices: PreparedSlices,

@@ -24,11 +24,13 @@ class Answer:
         verdict: What became of it; the state of its update is on disk.
         bytes: Size of its records.
         norm: How far its update moves the base; 0 without one.
+        late: Whether its update is one of the round before; see ``late_answers.py``.
     """
 
     verdict: Verdict
     bytes: int = 0
     norm: float = 0.0
+    late: bool = False
 
 
 def receive(
@@ -61,7 +63,8 @@ def receive(
     norm = update_norm(plan, arrays)
     if not cut.whole:
         arrays = completed(dict(arrays), cut.rest)
-    update = replace(verdict.update, state=folder.keep_update(site, arrays))
+    kept = folder.keep_update(f"{request.round}/{site}", arrays)  # a late one may stand beside it
+    update = replace(verdict.update, state=kept)
     return Answer(replace(verdict, update=update), size, norm)
 
 
@@ -85,7 +88,9 @@ def without_outliers(
     reasons = grown_too_fast(norms, before, ratio) | too_large(norms, ratio)
     return dict(answers) | {
         site: replace(
-            answers[site], verdict=Verdict("refused", reason, answers[site].verdict.reply)
+            answers[site],
+            verdict=Verdict("refused", reason, answers[site].verdict.reply),
+            late=False,
         )
         for site, reason in reasons.items()
     }

@@ -15,6 +15,8 @@ from dafne_federated.core.files import write_atomic
 from dafne_federated.core.model_file import parse_model
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RoundLine, RunFolder, RunResult
+from dafne_federated.core.strategy_table import round_rule
+from dafne_federated.simulations.aggregation_words import aggregation_words
 from dafne_federated.simulations.comparison import Comparison, Person, compare, persons_to_show
 from dafne_federated.simulations.figures import Picture, dice_by_arm, dice_by_round, line_swatch
 from dafne_federated.simulations.overlay_pictures import label_swatch, overlay_pictures, upright
@@ -140,6 +142,8 @@ def write_report(folder: RunFolder) -> Path:
         "rounds": rounds,
         "result": result,
         "release_check": load_release_check(folder),
+        "aggregation": aggregation_words(info, plan, rounds),
+        "personal": bool(round_rule(info.settings.strategy, 1).personal),
         "comparison": comparison,
         "verdict": verdict(info, rounds, result, comparison),
         "sites": sites,
@@ -222,7 +226,12 @@ def _scores(rounds: Sequence[RoundLine], result: RunResult | None) -> list[Score
     return lines
 
 
-_WORDS = {"refused": "refused", "failed": "failed at the site", "silent": "no answer"}
+_WORDS = {
+    "refused": "refused",
+    "failed": "failed at the site",
+    "silent": "no answer",
+    "late": "used late",
+}
 
 
 def _refusals(folder: RunFolder, rounds: Sequence[RoundLine]) -> list[Refusal]:
@@ -230,6 +239,11 @@ def _refusals(folder: RunFolder, rounds: Sequence[RoundLine]) -> list[Refusal]:
     found: dict[tuple[str, str, str], list[int]] = {}
     for site, reason in _declined(folder):
         found[site, "did not take part", reason] = []
+    for event in folder.events():
+        if event.get("event") == "late answer" and not event["used"]:
+            reason = "its answer came after the round had closed"
+            numbers = found.setdefault((str(event["site"]), "late, not used", reason), [])
+            numbers.append(int(event["round"]))
     for line in rounds:
         for site, own in sorted(line.sites.items()):
             if own.status != "ok":

@@ -78,23 +78,20 @@ def combine(
     Args:
         plan: The plan of all states.
         updates: At least one; names differ.
-        combine_pairs: Takes the pairs of one layer, their weights, and the rank: the plan's
-            own, or the largest among the updates if that is larger.
+        combine_pairs: Takes the pairs of one layer, their weights, and the rank of the plan.
     """
     ordered, weights = in_order(updates)
     state = mean_arrays(updates, (name for name in ordered[0].state if name[-2:] not in _FACTORS))
     keys = [target.key for target in plan.targets if target.low_rank]
-    ranks = [update.state[f"{key}/a"].shape[-1] for key in keys[:1] for update in ordered]
-    rank = min(max([plan.rank, *ranks]), plan.max_rank)
     missed, size = 0.0, 0.0
     pairs: dict[str, Pair] = {}
     for key in keys:
         given = [(update.state[f"{key}/a"], update.state[f"{key}/b"]) for update in ordered]
-        combined = combine_pairs(given, weights, rank)
+        combined = combine_pairs(given, weights, plan.rank)
         pairs[key] = combined.pair
         missed += combined.missed**2
         size += combined.size**2
-    common = max((a.shape[-1] for a, _ in pairs.values()), default=rank)
+    common = max((a.shape[-1] for a, _ in pairs.values()), default=plan.rank)
     for key, pair in pairs.items():
         state[f"{key}/a"], state[f"{key}/b"] = widen(pair, common)
     return Aggregate(state, math.sqrt(missed / size) if size > 0 else 0.0)
