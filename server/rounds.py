@@ -28,7 +28,13 @@ from dafne_federated.core.wire import (
     record_bytes,
 )
 from dafne_federated.core.wire_arrays import rounded, state_record
-from dafne_federated.server.answers import Answer, receive, without_outliers
+from dafne_federated.server.answers import (
+    Answer,
+    lacked,
+    receive,
+    with_same_labels,
+    without_outliers,
+)
 from dafne_federated.server.exchange import exchange
 from dafne_federated.server.membership import Members, gather
 from dafne_federated.server.statistics import pool_statistics, with_statistics
@@ -128,6 +134,7 @@ def _round(
     # Like what comes back: a factor that stays at the sites does not count.
     known = update_norm(plan, without_factors(state, rule.personal))
     ratio = settings.max_norm_ratio
+    answers = with_same_labels(answers, plan, folder.rounds())
     answers = without_outliers(answers, known, folder.rounds(), ratio)
     updates = [answer.verdict.update for answer in answers.values() if answer.verdict.update]
     first = number == joined
@@ -208,6 +215,7 @@ def _site_round(plan: AdaptationPlan, answer: Answer, down: int, up: int) -> Sit
             "evaluation_seconds": reply.evaluation_seconds,
             "device": reply.device,
             "update_norm": answer.norm,
+            "lacks": lacked(plan, verdict),
         }
     return SiteRound.model_validate(
         {
