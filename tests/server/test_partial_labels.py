@@ -66,7 +66,7 @@ def test_a_column_moves_by_those_who_annotated_its_label(new_run: Make, make_gri
 def test_a_site_that_lacks_other_labels_than_before_is_refused(
     new_run: Make, make_grid: Make
 ) -> None:
-    folder = with_output(new_run(rounds=3))
+    folder = with_output(new_run(rounds=3, min_sites=1))
     grid = make_grid(folder)
     grid.sites[11].change = lacking(lambda number: [2] if number != 2 else None)
     grid.sites[12].change = lacking(lambda number: [1, 2])

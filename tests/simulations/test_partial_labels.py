@@ -26,12 +26,10 @@ class Runs:
     masked: RunFolder
     naive: RunFolder
 
-    def dice(self, name: str, label: str) -> float:
+    def dice(self, name: str, label: str, arm: str = "federated") -> float:
         rows = load_test_rows(getattr(self, name))
-        chosen = [
-            r.dice for r in rows if (r.arm, r.site, r.label) == ("federated", "site-1", label)
-        ]
-        return float(np.mean(chosen))
+        own = [r.dice for r in rows if (r.arm, r.site, r.label) == (arm, "site-1", label)]
+        return float(np.mean(own))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +37,8 @@ def runs(run_one: Callable[..., RunFolder]) -> Runs:
     settings = SETTINGS.model_copy(update={"rounds": 3, "gate": "none"})
 
     def run(name: str, **more: Any) -> RunFolder:
-        return run_one(name, settings=settings, partition=PartitionSettings(**THREE, **more))
+        partition = PartitionSettings(**THREE, **more)
+        return run_one(name, settings=settings, partition=partition, local_only=True)
 
     full, masked = run("full"), run("masked", without=WITHOUT)
     with pytest.MonkeyPatch.context() as patch:  # the same code, with both masks switched off
@@ -51,7 +50,13 @@ def runs(run_one: Callable[..., RunFolder]) -> Runs:
 def test_the_label_is_learned_from_the_others_and_not_as_background(runs: Runs) -> None:
     full, masked, naive = (runs.dice(name, "dark") for name in ("full", "masked", "naive"))
     assert masked > full - 0.05
+    assert masked > naive
+
+
+def test_a_site_alone_does_not_unlearn_what_it_lacks(runs: Runs) -> None:
+    masked, naive = (runs.dice(name, "dark", "local only") for name in ("masked", "naive"))
     assert masked > naive + 0.1
+    assert runs.dice("masked", "bright", "local only") > runs.dice("masked", "bright", "base")
 
 
 def test_the_label_that_is_there_is_learned_as_ever(runs: Runs) -> None:
