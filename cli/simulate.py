@@ -38,6 +38,10 @@ def simulate(
     shares: Annotated[
         str | None, typer.Option(help="Persons for training, validation, test. [2,1,1]")
     ] = None,
+    without: Annotated[
+        str | None,
+        typer.Option(help="Labels that sites shall lack, to see what it costs: site-2:disc,canal"),
+    ] = None,
     rounds: Annotated[int | None, typer.Option(help="Rounds of the federation. [5]")] = None,
     epochs: Annotated[int | None, typer.Option(help="Local epochs in a round. [4]")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of Adam. [0.003]")] = None,
@@ -150,6 +154,7 @@ def simulate(
             divide=options.divide,
             sizes=options.sizes,
             shares=options.shares,
+            without=options.without,
         ),
         settings=chosen,
         fit=FitSettings(epochs=options.base_epochs, seed=chosen.seed),

@@ -146,6 +146,7 @@ def _round(message: Message, context: Context, train: bool) -> Message:
             "dice_cases": counts,
             "evaluation_seconds": time.monotonic() - begun,
             "device": site.device().name,
+            "missing": list(site.labels(plan.labels).missing) or None,
         }
         if not train:
             return _round_reply(request, site, "ok", "", fields).to_record()

@@ -5,11 +5,12 @@ Everything that a message can ask of a site happens here; ``app.py`` only carrie
 
 import logging
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from dafne_federated.client.labels_here import labels_here
 from dafne_federated.client.site_cache import SiteCache
 from dafne_federated.client.site_settings import SiteSettings
 from dafne_federated.core.adapters import AdaptedNetwork
@@ -18,14 +19,16 @@ from dafne_federated.core.backend import Device, prepare_backend, set_seed
 from dafne_federated.core.batch_statistics import measure, recalibrate
 from dafne_federated.core.class_weights import ClassCounts, class_counts, reweighted
 from dafne_federated.core.dataset import CaseRef, load_case, open_folder
-from dafne_federated.core.errors import ApprovalError, DataError, MessageError
+from dafne_federated.core.errors import ApprovalError, DataError, MessageError, SettingsError
 from dafne_federated.core.evaluation import evaluate_case
 from dafne_federated.core.metrics import Agreement, judged, mean
 from dafne_federated.core.model_runtime import Loss, RunningModel
 from dafne_federated.core.moments import Moments
+from dafne_federated.core.partial_labels import marginal_loss
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.prefix_cache import PrefixCache
 from dafne_federated.core.preprocessing import BiasFieldCache
+from dafne_federated.core.site_labels import SiteLabels
 from dafne_federated.core.slices import PreparedSlices, concatenate
 from dafne_federated.core.state import State, initial_state, state_rank
 from dafne_federated.core.strategy_table import Factors, RoundRule
@@ -40,14 +43,15 @@ log = logging.getLogger(__name__)
 class Engine:
     """A base with a plan attached, ready to train; expensive to make, so kept.
 
-    What trains is compiled once for each set of factors that moves: with strategy ``alternating``
-    there are two, which share the network and its weights. Each keeps a compiled step and, while
-    it runs, an optimiser of its own.
+    What trains is compiled once for each set of factors that moves and each set of labels that a
+    site lacks, for these decide the loss: with strategy ``alternating`` there are two, which share
+    the network and its weights. Each keeps a compiled step and, while it runs, an optimiser of
+    its own.
     """
 
     model: RunningModel
     adapted: AdaptedNetwork
-    trainings: dict[Factors, SuffixTraining] = field(default_factory=dict)
+    trainings: dict[tuple[Factors, tuple[int, ...]], SuffixTraining] = field(default_factory=dict)
 
 
 @dataclass
@@ -79,10 +83,14 @@ class Site:
         """Decide whether this site takes part in a run, and remember its plan.
 
         Raises:
-            ApprovalError: The base is not approved here, there are too few cases, or the plan
-                does not allow the site's rank.
+            ApprovalError: The base is not approved here, there are too few cases, the plan
+                does not allow the site's rank, or its labels and those of the model do not fit.
         """
         self.require_consent(plan.base_digest)
+        try:
+            self.labels(plan.labels)
+        except SettingsError as error:
+            raise ApprovalError(str(error)) from None
         pairs = any(target.low_rank for target in plan.targets)
         if pairs and (self.settings.rank or 0) > plan.max_rank:
             msg = f"this site trains at rank {self.settings.rank}, the plan allows {plan.max_rank}"
@@ -124,7 +132,7 @@ class Site:
         engine = self.engine(plan, state_rank(plan, state))
         engine.adapted.write(state)
         rows = []
-        for case in self._cases(self.settings.validation):
+        for case in self._cases(self.settings.validation, plan.labels):
             rows += evaluate_case(
                 engine.model,
                 case,
@@ -181,17 +189,19 @@ class Site:
             raise ApprovalError(msg)
         engine = self.engine(plan, state_rank(plan, state))
         slices = self._slices(engine, classes)
+        missing = self.labels(plan.labels).missing
         engine.adapted.train_factors(trained)
-        if trained not in engine.trainings:
+        if (trained, missing) not in engine.trainings:
+            loss = marginal_loss(self._loss(engine), len(plan.labels) + 1, missing)
             precision = self.settings.precision
-            made = SuffixTraining(engine.adapted, self._loss(engine), precision)
+            made = SuffixTraining(engine.adapted, loss, precision)
             if not made.apart:  # a network has one compiled step
                 engine.trainings.clear()
-            engine.trainings[trained] = made
+            engine.trainings[trained, missing] = made
         engine.adapted.write(state)
         order = zlib.crc32(f"{seed}/{self.settings.name}/{number}".encode())
         set_seed(seed, self.settings.name, number)
-        result = engine.trainings[trained].run(
+        result = engine.trainings[trained, missing].run(
             slices, epochs, batch_size, learning_rate, order, cache=self.prefix_cache()
         )
         log.info("round %d: %d slices, %.1f s", number, len(slices), result.seconds)
@@ -228,6 +238,10 @@ class Site:
         base = engine.model.file.weights
         return recalibrate(engine.adapted, base, state, self._slices(engine))
 
+    def labels(self, labels: Sequence[str]) -> SiteLabels:
+        """Return how the site's masks stand for the labels of a model; see ``labels_here``."""
+        return labels_here(self.settings, labels)
+
     def device(self) -> Device:
         """Return the device that this site uses."""
         return prepare_backend(self.settings.threads, self.settings.device)
@@ -261,17 +275,18 @@ class Site:
 
     def _loss(self, engine: Engine) -> Loss:
         """Return the base's loss; where all slices came from disk it is still to be captured."""
-        cases = self._cases(self.settings.training)
+        cases = self._cases(self.settings.training, engine.model.labels)
         while engine.model.loss is None:
             engine.model.prepare(next(cases), self.settings.classification, self.bias_fields())
         return engine.model.loss
 
     def _slices(self, engine: Engine, classes: ClassCounts | None = None) -> PreparedSlices:
-        names = "/".join(self.settings.training)
+        labels = self.labels(engine.model.labels)
+        names = "/".join((*self.settings.training, repr((labels.names, labels.missing))))
         key = (f"{self.settings.cache}/{names}", engine.model.file.digest, classes)
         if key not in _KEPT.slices:
             _KEPT.slices.pop((*key[:2], None), None)  # the same images with other weights
-            cases = self._cases(self.settings.training)
+            cases = self._cases(self.settings.training, engine.model.labels)
             parts = [part for case in cases if (part := self._prepared(engine, case))]
             if classes:
                 parts = [reweighted(part, classes) for part in parts]
@@ -291,14 +306,14 @@ class Site:
                 self.cache.keep_slices(key, slices)
         return slices
 
-    def _cases(self, names: tuple[str, ...]) -> Iterator[Case]:
-        folder = open_folder(self.settings.data)
+    def _cases(self, names: tuple[str, ...], labels: Sequence[str]) -> Iterator[Case]:
+        folder, here = open_folder(self.settings.data), self.labels(labels)
         known: dict[str, CaseRef] = {ref.name: ref for ref in folder.cases}
         for name in names:
             if name not in known:
                 msg = f"case {name!r} is not in the site's folder"
                 raise DataError(msg)
-            yield load_case(known[name], folder.labels)
+            yield here.case(load_case(known[name], folder.labels))
 
 
 def dice_by_label(plan: AdaptationPlan, rows: list[Agreement]) -> tuple[list[float], list[int]]:

@@ -82,6 +82,7 @@ class SiteRound(BaseModel):
         device: What it ran on.
         update_norm: How far its update moves the base; see ``strategies/outliers.py``.
         share: How much of its weight a robust rule or the cap left; 0 if it was left out.
+        lacks: Labels that nobody annotated there.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -101,6 +102,7 @@ class SiteRound(BaseModel):
     device: str = ""
     update_norm: float = 0.0
     share: float = 1.0
+    lacks: tuple[str, ...] = ()
 
 
 class RoundLine(BaseModel):

@@ -1,7 +1,7 @@
 """Local training: epochs over prepared slices, for adapters and for whole networks."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -161,9 +161,9 @@ class AdapterTraining:
         generator = np.random.default_rng(order)
         return float(np.mean(train_epoch(self._trained, slices, batch_size, generator)))
 
-    def dice(self, slices: Batches) -> float:
+    def dice(self, slices: Batches, missing: Collection[int] = ()) -> float:
         """Return the Dice of the current state; see ``slice_dice``."""
-        return slice_dice(self._trained.predict_on_batch, slices, batch_size=4)
+        return slice_dice(self._trained.predict_on_batch, slices, batch_size=4, missing=missing)
 
     def _assign(self, values: Sequence[npt.NDArray[np.generic]]) -> None:
         for variable, value in zip(self._trained.optimizer.variables, values, strict=True):
@@ -256,13 +256,19 @@ def train_network(
     return Fit(best + 1, history[best][1], history, time.monotonic() - begun)
 
 
-def slice_dice(predict: Callable[[Any], Any], slices: Batches, batch_size: int = 8) -> float:
+def slice_dice(
+    predict: Callable[[Any], Any],
+    slices: Batches,
+    batch_size: int = 8,
+    missing: Collection[int] = (),
+) -> float:
     """Return the Dice over all pixels of all slices, mean over the labels that occur.
 
     Args:
         predict: Returns the network's output for the input of some slices.
         slices: Slices without a weight map, as in use.
         batch_size: Slices at once; the last few are filled up, so that all batches have one size.
+        missing: Channels of labels that nobody annotated, which count as background.
     """
     size = min(batch_size, len(slices))
     both: Any = 0
@@ -271,9 +277,10 @@ def slice_dice(predict: Callable[[Any], Any], slices: Batches, batch_size: int =
         chosen = np.minimum(np.arange(start, start + size), len(slices) - 1)
         inputs, targets = slices.batch(chosen)
         channels = targets.shape[-1]
+        merged = np.array([0 if c in missing else c for c in range(channels)])
         kept = slice(0, len(slices) - start)
         truth = targets[kept].argmax(axis=-1)
-        found = np.asarray(predict(inputs))[kept, ..., :channels].argmax(axis=-1)
+        found = merged[np.asarray(predict(inputs))[kept, ..., :channels].argmax(axis=-1)]
         both += np.bincount(truth[truth == found].ravel(), minlength=channels)
         sizes += np.bincount(truth.ravel(), minlength=channels)
         sizes += np.bincount(found.ravel(), minlength=channels)

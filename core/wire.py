@@ -242,6 +242,8 @@ class RoundReply(WireMessage):
         evaluation_seconds: Wall time of evaluating the received state.
         dice: Dice of the received state on the site's validation cases, per label of the plan.
         dice_cases: In how many cases each label could be measured; 0 makes its Dice void.
+        missing: Output channels, 1 first, of the labels that nobody annotated at this site: they
+            were masked out of its loss. Not there if it annotated all.
     """
 
     metrics: ClassVar[frozenset[str]] = frozenset(
@@ -264,6 +266,7 @@ class RoundReply(WireMessage):
     evaluation_seconds: float = Field(default=0.0, ge=0)
     dice: list[Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=list)
     dice_cases: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+    missing: list[Annotated[int, Field(ge=1, le=255)]] | None = Field(default=None, max_length=255)
 
 
 def plain(text: object) -> str:

@@ -68,6 +68,35 @@ def receive(
     return Answer(replace(verdict, update=update), size, norm)
 
 
+def lacked(plan: AdaptationPlan, verdict: Verdict) -> tuple[str, ...]:
+    """Return the labels that a site says nobody annotated there, by name."""
+    missing = (verdict.reply.missing if verdict.reply else None) or ()
+    return tuple(plan.labels[channel - 1] for channel in missing)
+
+
+def with_same_labels(
+    answers: Mapping[str, Answer], plan: AdaptationPlan, lines: list[RoundLine]
+) -> dict[str, Answer]:
+    """Return the answers with those refused whose site lacked other labels before.
+
+    What a site annotated is one thing throughout a run; else its Dice and updates of different
+    rounds would be about different labels.
+
+    Args:
+        answers: By site.
+        plan: The plan of the run.
+        lines: The rounds before.
+    """
+    before = {name: s.lacks for line in lines for name, s in line.sites.items() if s.status == "ok"}
+    checked = dict(answers)
+    for site, answer in answers.items():
+        now = lacked(plan, answer.verdict)
+        if answer.verdict.status == "ok" and now != (then := before.get(site, now)):
+            reason = f"its labels: expected it to lack {list(then)} as before, got {list(now)}"
+            checked[site] = replace(answer, verdict=Verdict("refused", reason))
+    return checked
+
+
 def without_outliers(
     answers: Mapping[str, Answer], known: float, lines: list[RoundLine], ratio: float
 ) -> dict[str, Answer]:

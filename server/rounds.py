@@ -25,7 +25,13 @@ from dafne_federated.core.state import State, initial_state, state_rank, without
 from dafne_federated.core.strategy_table import STRATEGY_TABLE, bad_left, round_rule
 from dafne_federated.core.wire import RoundRequest, record_bytes
 from dafne_federated.core.wire_arrays import rounded, state_record
-from dafne_federated.server.answers import Answer, receive, without_outliers
+from dafne_federated.server.answers import (
+    Answer,
+    lacked,
+    receive,
+    with_same_labels,
+    without_outliers,
+)
 from dafne_federated.server.late_answers import LateAnswer, with_late
 from dafne_federated.server.membership import Members, gather
 from dafne_federated.server.questions import Ask, Questions
@@ -128,6 +134,7 @@ def _round(
         answers = {site: received.get(site, silent) for site in sorted(asks)}
         if trained:
             answers = with_late(answers, late, number)
+        answers = with_same_labels(answers, plan, before)
         return without_outliers(answers, known, before, settings.max_norm_ratio)
 
     questions.age(number - 1 if settings.late == "use" else number)
@@ -269,6 +276,7 @@ def _site_round(plan: AdaptationPlan, answer: Answer, asked: bool, down: int, up
             "evaluation_seconds": reply.evaluation_seconds,
             "device": reply.device,
             "update_norm": answer.norm,
+            "lacks": lacked(plan, verdict),
         }
     return SiteRound.model_validate(
         {

@@ -152,6 +152,7 @@ def write_report(folder: RunFolder) -> Path:
         "bars": _bars(comparison) if comparison else {},
         "overlays": overlays,
         "refusals": _refusals(folder, rounds),
+        "lacks": {n: own.lacks for line in rounds for n, own in line.sites.items() if own.lacks},
         "traffic": _traffic(rounds, base),
         "charts": traffic_charts(rounds, len(base) if base else None) if rounds else [],
         "sizes": Sizes(_trained(plan), _parameters(base)),

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +10,7 @@ import numpy.typing as npt
 from dafne_federated.core.low_rank import Pair, widen
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.state import State
+from dafne_federated.strategies.column_weights import Columns, column_weights
 
 Arrays = Mapping[str, npt.NDArray[np.float32]]
 
@@ -24,12 +25,14 @@ class Update:
             is asked for. Factors that stay at the site are not in it.
         cases: Training cases, the site's weight.
         share: How much of that weight a robust rule or the cap leaves.
+        missing: By state array the columns of labels that the site lacks: without weight.
     """
 
     site: str
     state: Arrays
     cases: int
     share: float = 1.0
+    missing: Columns = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -128,13 +131,22 @@ def capped(updates: Sequence[Update]) -> list[Update]:
 def mean_arrays(updates: Sequence[Update], names: Iterable[str]) -> State:
     """Return the weighted mean of the named arrays, site by site.
 
-    One site's arrays and one set of sums stand in memory, however many sites there are.
+    One site's arrays and one set of sums stand in memory, however many sites there are. A
+    column that belongs to one label is the mean of the sites that annotated it.
     """
     ordered, weights = in_order(updates)
     chosen = list(names)
     totals: dict[str, npt.NDArray[np.float64]] = {}
-    for update, weight in zip(ordered, weights, strict=True):
+    named = {name for update in ordered for name in update.missing}
+    by_column = {
+        name: column_weights(
+            weights, [u.missing.get(name, ()) for u in ordered], ordered[0].state[name].shape[-1]
+        )
+        for name in named.intersection(chosen)
+    }
+    for index, update in enumerate(ordered):
         for name in chosen:
+            weight = by_column.get(name, weights)[index]
             part = weight * update.state[name].astype(np.float64)
             if name in totals:
                 totals[name] += part

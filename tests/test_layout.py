@@ -27,6 +27,7 @@ KERAS = {
     "core/low_rank_layers.py",
     "core/network_graph.py",
     "core/network_layers.py",
+    "core/partial_labels.py",
     "core/prefix_cache.py",
     "core/suffix_network.py",
     "core/training.py",
