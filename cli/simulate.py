@@ -71,6 +71,12 @@ def simulate(
     class_weights: Annotated[
         str | None, typer.Option(help="Frequency of labels: case or pooled. By default case.")
     ] = None,
+    optimiser: Annotated[
+        str | None, typer.Option(help="Of the sites, fresh or kept between rounds.")
+    ] = None,
+    proximal: Annotated[
+        float | None, typer.Option(help="How strongly sites hold to what they received. [0]")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="All randomness follows from it. [1]")] = None,
     gate: Annotated[
         str | None, typer.Option(help="validation or none. By default validation.")

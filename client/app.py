@@ -159,6 +159,8 @@ def _round(message: Message, context: Context, train: bool) -> Message:
             request.round,
             trained=rule.trained,
             classes=request.classes,
+            proximal=request.proximal,
+            optimiser=site.optimiser_files(request, plan),
         )
         if rule.personal:
             name = site.settings.name

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from dafne_federated.client.optimiser_files import OptimiserFiles
 from dafne_federated.client.site_cache import SiteCache
 from dafne_federated.client.site_settings import SiteSettings
 from dafne_federated.core.adapters import AdaptedNetwork
@@ -32,6 +33,7 @@ from dafne_federated.core.strategy_table import Factors, RoundRule
 from dafne_federated.core.suffix_training import SuffixTraining
 from dafne_federated.core.training import TrainingResult
 from dafne_federated.core.volumes import Case
+from dafne_federated.core.wire import RoundRequest
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ class Engine:
     model: RunningModel
     adapted: AdaptedNetwork
     training: SuffixTraining | None = None
-    trained: Factors = "both"
+    trained: tuple[Factors, float] = ("both", 0.0)
 
 
 @dataclass
@@ -152,6 +154,8 @@ class Site:
         number: int,
         trained: Factors = "both",
         classes: ClassCounts | None = None,
+        proximal: float = 0.0,
+        optimiser: OptimiserFiles | None = None,
     ) -> tuple[State, TrainingResult, int]:
         """Train from ``state`` on the site's cases.
 
@@ -165,6 +169,8 @@ class Site:
             number: The round.
             trained: The factors of low-rank pairs that move.
             classes: Counts of all sites, to weigh labels by; by default those of each case.
+            proximal: How strongly training holds to ``state``; see ``core/proximal.py``.
+            optimiser: Where the optimiser is kept between rounds; by default it is not.
 
         Returns:
             The state afterwards, what training did, and the number of slices.
@@ -177,19 +183,27 @@ class Site:
             raise ApprovalError(msg)
         engine = self.engine(plan, state_rank(plan, state))
         slices = self._slices(engine, classes)
-        if engine.training is None or engine.trained != trained:
-            precision = self.settings.precision
+        if engine.training is None or engine.trained != (trained, proximal):
+            precision, loss = self.settings.precision, self._loss(engine)
             engine.adapted.train_factors(trained)
-            engine.training = SuffixTraining(engine.adapted, self._loss(engine), precision)
-            engine.trained = trained
+            engine.training = SuffixTraining(engine.adapted, loss, precision, proximal)
+            engine.trained = (trained, proximal)
         engine.adapted.write(state)
         order = zlib.crc32(f"{seed}/{self.settings.name}/{number}".encode())
         set_seed(seed, self.settings.name, number)
-        result = engine.training.run(
-            slices, epochs, batch_size, learning_rate, order, cache=self.prefix_cache()
-        )
+        training, batches = engine.training.on(slices, self.prefix_cache())
+        adam = optimiser.before(number, state) if optimiser else None
+        result = training.run(batches, epochs, batch_size, learning_rate, order, adam=adam)
+        if optimiser:
+            optimiser.keep(number, training.adam())
         log.info("round %d: %d slices, %.1f s", number, len(slices), result.seconds)
         return engine.adapted.read(), result, len(slices)
+
+    def optimiser_files(self, request: RoundRequest, plan: AdaptationPlan) -> OptimiserFiles | None:
+        """Return where the optimiser is kept between the rounds of a run, if it is to be."""
+        if request.optimiser == "fresh":
+            return None
+        return self.cache.optimiser(request.run, self.settings.name, plan, request.trained)
 
     def class_counts(self, plan: AdaptationPlan) -> tuple[ClassCounts, int]:
         """Return pixels and slices by class, and the number of training slices."""

@@ -18,7 +18,7 @@ from pydantic import (
 from dafne_federated.core.errors import AdapterError, SettingsError
 from dafne_federated.core.methods import method_parts
 from dafne_federated.core.plan import LAYER_CHOICES, WireType
-from dafne_federated.core.strategy_table import check_combination
+from dafne_federated.core.strategy_table import OptimiserChoice, check_combination
 
 
 class RunSettings(BaseModel):
@@ -45,6 +45,10 @@ class RunSettings(BaseModel):
             of the sites that share theirs.
         class_weights: How often a label occurs, in the weights of Dafne's loss: ``case`` as
             Dafne does it, in one case; ``pooled`` in all training slices of these sites.
+        optimiser: Whether the sites start each round with a ``fresh`` optimiser, or with what
+            theirs knew after their last one (``kept``), which never leaves them.
+        proximal: How strongly a site holds to the state that it received; see
+            ``core/proximal.py``.
         seed: All randomness follows from it, the site's name and the round.
         min_sites: A round counts with at least so many sites.
         deadline: Longest wait for a round's answers, in seconds.
@@ -85,6 +89,8 @@ class RunSettings(BaseModel):
     wire: WireType = "float32"
     statistics: Literal["base", "pooled"] = "base"
     class_weights: Literal["case", "pooled"] = "case"
+    optimiser: OptimiserChoice = "fresh"
+    proximal: float = Field(default=0.0, ge=0, le=1e6)
     seed: int = Field(default=1, ge=0, le=2**31 - 1)
     min_sites: int = Field(default=2, ge=1)
     deadline: float = Field(default=3600.0, gt=0)

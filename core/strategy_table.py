@@ -29,6 +29,7 @@ from typing import Literal
 from dafne_federated.core.errors import SettingsError
 
 Factors = Literal["both", "a", "b"]
+OptimiserChoice = Literal["fresh", "kept"]  # of a site, from round to round
 
 
 @dataclass(frozen=True)

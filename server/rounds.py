@@ -100,6 +100,8 @@ def _round(
         wire=settings.wire,
         class_pixels=list(classes.pixels) if classes and trained else None,
         class_slices=list(classes.slices) if classes and trained else None,
+        optimiser=settings.optimiser,
+        proximal=settings.proximal,
     )
     cuts = _cuts(plan, members, state, settings, number)
     contents = {
