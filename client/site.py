@@ -21,6 +21,7 @@ from dafne_federated.core.class_weights import ClassCounts, class_counts, reweig
 from dafne_federated.core.dataset import CaseRef, load_case, open_folder
 from dafne_federated.core.errors import ApprovalError, DataError, MessageError
 from dafne_federated.core.evaluation import evaluate_case
+from dafne_federated.core.local_part import with_local
 from dafne_federated.core.metrics import Agreement, judged, mean
 from dafne_federated.core.model_runtime import Loss, RunningModel
 from dafne_federated.core.moments import Moments
@@ -29,7 +30,7 @@ from dafne_federated.core.prefix_cache import PrefixCache
 from dafne_federated.core.preprocessing import BiasFieldCache
 from dafne_federated.core.slices import PreparedSlices, concatenate
 from dafne_federated.core.state import State, initial_state, state_rank
-from dafne_federated.core.strategy_table import Factors, RoundRule
+from dafne_federated.core.strategy_table import Factors
 from dafne_federated.core.suffix_training import SuffixTraining
 from dafne_federated.core.training import TrainingResult
 from dafne_federated.core.volumes import Case
@@ -133,12 +134,15 @@ class Site:
             )
         return rows
 
-    def start(
-        self, run: str, plan: AdaptationPlan, state: State, number: int, rule: RoundRule
-    ) -> State:
-        """Return what came, with the factors that are this site's own where it has some."""
-        ends = tuple(f"/{part}" for part in rule.personal)
-        own = self.cache.personal(run, self.settings.name, plan, number) if ends else None
+    def start(self, request: RoundRequest, plan: AdaptationPlan, state: State) -> State:
+        """Return what came, with what is this site's own: factors, or a local part behind."""
+        ends = tuple(f"/{part}" for part in request.rule.personal)
+        local, name, own = request.local_rank, self.settings.name, None
+        if ends or local:
+            own = self.cache.personal(request.run, name, plan, request.round)
+        if local:
+            seed = zlib.crc32(f"{request.seed}/{name}/local part".encode())
+            return with_local(state, own, local, seed)
         if own is None or state_rank(plan, own) != state_rank(plan, state):
             return state
         return {key: own[key] if key.endswith(ends) else value for key, value in state.items()}

@@ -31,6 +31,7 @@ from dafne_federated.core.wire_arrays import rounded, state_record
 from dafne_federated.server.answers import Answer, receive, without_outliers
 from dafne_federated.server.exchange import exchange
 from dafne_federated.server.membership import Members, gather
+from dafne_federated.server.server_optimiser import stepped
 from dafne_federated.server.statistics import pool_statistics, with_statistics
 from dafne_federated.strategies import STRATEGIES
 from dafne_federated.strategies.outliers import update_norm
@@ -102,6 +103,7 @@ def _round(
         class_slices=list(classes.slices) if classes and trained else None,
         optimiser=settings.optimiser,
         proximal=settings.proximal,
+        local_rank=settings.local_rank if STRATEGY_TABLE[settings.strategy].local else 0,
     )
     cuts = _cuts(plan, members, state, settings, number)
     contents = {
@@ -154,15 +156,16 @@ def _round(
             got = f"{len(updates)}; {reasons}"
             msg = f"round {number}: expected {settings.min_sites} updates, got {got}"
             raise RunError(msg)
-        chosen = ROBUST_RULES[settings.robust](plan, updates, settings.bad_sites)
+        chosen = ROBUST_RULES[settings.robust](plan, updates, settings.bad_sites, state)
         if settings.robust != "none" or any(update.share < 1 for update in chosen):
-            shares = {update.site: update.share for update in chosen}
+            shares = {update.site: update.share for update in chosen if update.site in sites}
             for site in sites:
                 sites[site] = sites[site].model_copy(update={"share": shares.get(site, 0.0)})
             folder.event("weighed", round=number, rule=settings.robust, shares=shares)
         aggregate = STRATEGIES[settings.strategy](plan, chosen)
         # What is kept and may be released is what the sites will get and evaluate.
-        state, error = rounded(plan, aggregate.state, settings.wire), aggregate.error
+        new = stepped(folder, settings, plan, number, state, aggregate.state)
+        state, error = rounded(plan, new, settings.wire), aggregate.error
         log.info("round %d: aggregation error %.2g", number, error)
     line = RoundLine(
         round=number,
