@@ -31,24 +31,22 @@ class ProximalAdam(keras.optimizers.Adam):  # type: ignore[misc]
     def __init__(self, mu: float) -> None:
         super().__init__()
         self.mu = mu
-        self._held: list[Any] = []
-        self._anchors: list[Any] = []
+        self._anchors: list[Any] = []  # and never what is trained: Keras would count it as ours
 
     def build(self, variables: Sequence[Any]) -> None:
         """Make the variables; where to hold to is among them, so nothing is traced again."""
         if self.built:
             return
         super().build(variables)
-        self._held = list(variables)
-        self._anchors = self.add_optimizer_variables(self._held, "anchor")
+        self._anchors = self.add_optimizer_variables(variables, "anchor")
 
-    def hold(self) -> None:
-        """Hold to the present values of what is trained from now on."""
-        for variable, anchor in zip(self._held, self._anchors, strict=True):
+    def hold(self, variables: Sequence[Any]) -> None:
+        """Hold variables, those that this was built for, to their present values from now on."""
+        for variable, anchor in zip(variables, self._anchors, strict=True):
             anchor.assign(variable.numpy())
 
-    def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
+    def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any]) -> None:
         """Take a step along the gradients of the loss and of the term."""
-        pairs = zip(grads, self._held, self._anchors, strict=True)
+        pairs = zip(grads, trainable_variables, self._anchors, strict=True)
         pulled = [gradient + self.mu * (now - held) for gradient, now, held in pairs]
         super().apply(pulled, trainable_variables)

@@ -127,7 +127,7 @@ class AdapterTraining:
         if adam:
             self._set_adam(adam)
         if isinstance(self._trained.optimizer, ProximalAdam):
-            self._trained.optimizer.hold()
+            self._trained.optimizer.hold(self._trained.trainable_variables)
         self._trained.optimizer.learning_rate.assign(learning_rate)
         generator = np.random.default_rng(seed)
         begun, losses, steps = time.monotonic(), [0.0], 0

@@ -28,6 +28,7 @@ KERAS = {
     "core/network_graph.py",
     "core/network_layers.py",
     "core/prefix_cache.py",
+    "core/proximal.py",
     "core/suffix_network.py",
     "core/training.py",
 }
