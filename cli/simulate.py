@@ -75,6 +75,24 @@ def simulate(
     class_weights: Annotated[
         str | None, typer.Option(help="Frequency of labels: case or pooled. By default case.")
     ] = None,
+    optimiser: Annotated[
+        str | None, typer.Option(help="Of the sites, fresh or kept between rounds.")
+    ] = None,
+    proximal: Annotated[
+        float | None, typer.Option(help="How strongly sites hold to what they received. [0]")
+    ] = None,
+    server_optimiser: Annotated[
+        str | None, typer.Option(help="none, momentum or adam. By default none.")
+    ] = None,
+    server_rate: Annotated[
+        float | None, typer.Option(help="Of its steps. [1, with adam 0.01]")
+    ] = None,
+    server_momentum: Annotated[
+        float | None, typer.Option(help="How much of its memory stays in a round. [0.9]")
+    ] = None,
+    local_rank: Annotated[
+        int | None, typer.Option(help="With global+local: rank of each site's own part. [2]")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="All randomness follows from it. [1]")] = None,
     gate: Annotated[
         str | None, typer.Option(help="validation or none. By default validation.")

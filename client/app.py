@@ -15,6 +15,7 @@ from dafne_federated.client.site import Site, dice_by_label
 from dafne_federated.client.site_settings import site_of
 from dafne_federated.core.errors import ApprovalError, MessageError, StateError
 from dafne_federated.core.files import sha256
+from dafne_federated.core.local_part import global_part, silenced
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.state import without_factors
 from dafne_federated.core.versions import software_version
@@ -138,9 +139,10 @@ def _round(message: Message, context: Context, train: bool) -> Message:
         request = RoundRequest.from_record(message.content)
         plan = site.agreed_plan(request.run, request.plan_digest, request.base_digest)
         state, rule = take_state(message.content, plan, request.wire), request.rule
-        state = site.start(request.run, plan, state, request.round, rule)
+        state = site.start(request, plan, state)
         begun = time.monotonic()
-        dice, counts = dice_by_label(plan, site.evaluate(plan, state))
+        common = silenced(state, request.local_rank)
+        dice, counts = dice_by_label(plan, site.evaluate(plan, common))
         fields: dict[str, object] = {
             "dice": dice,
             "dice_cases": counts,
@@ -160,8 +162,10 @@ def _round(message: Message, context: Context, train: bool) -> Message:
             request.round,
             trained=rule.trained,
             classes=request.classes,
+            proximal=request.proximal,
+            optimiser=site.optimiser_files(request, plan),
         )
-        if rule.personal:
+        if rule.personal or request.local_rank:
             name = site.settings.name
             site.cache.keep_personal(request.run, name, plan, request.round, state)
         fields |= {
@@ -170,7 +174,8 @@ def _round(message: Message, context: Context, train: bool) -> Message:
             "loss": result.loss,
             "seconds": result.seconds,
         }
-        arrays = state_record(plan, without_factors(state, rule.absent), request.wire)
+        sent = without_factors(global_part(state, request.local_rank), rule.absent)
+        arrays = state_record(plan, sent, request.wire)
         return _round_reply(request, site, "ok", "", fields).to_record(arrays)
 
     return _answer(message, context, act, respond)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dafne_federated.client.labels_here import labels_here
+from dafne_federated.client.optimiser_files import OptimiserFiles
 from dafne_federated.client.site_cache import SiteCache
 from dafne_federated.client.site_settings import SiteSettings
 from dafne_federated.core.adapters import AdaptedNetwork
@@ -21,6 +22,7 @@ from dafne_federated.core.class_weights import ClassCounts, class_counts, reweig
 from dafne_federated.core.dataset import CaseRef, load_case, open_folder
 from dafne_federated.core.errors import ApprovalError, DataError, MessageError, SettingsError
 from dafne_federated.core.evaluation import evaluate_case
+from dafne_federated.core.local_part import with_local
 from dafne_federated.core.metrics import Agreement, judged, mean
 from dafne_federated.core.model_runtime import Loss, RunningModel
 from dafne_federated.core.moments import Moments
@@ -31,10 +33,11 @@ from dafne_federated.core.preprocessing import BiasFieldCache
 from dafne_federated.core.site_labels import SiteLabels
 from dafne_federated.core.slices import PreparedSlices, concatenate
 from dafne_federated.core.state import State, initial_state, state_rank
-from dafne_federated.core.strategy_table import Factors, RoundRule
+from dafne_federated.core.strategy_table import Factors
 from dafne_federated.core.suffix_training import SuffixTraining
 from dafne_federated.core.training import TrainingResult
 from dafne_federated.core.volumes import Case
+from dafne_federated.core.wire import RoundRequest
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +54,9 @@ class Engine:
 
     model: RunningModel
     adapted: AdaptedNetwork
-    trainings: dict[tuple[Factors, tuple[int, ...]], SuffixTraining] = field(default_factory=dict)
+    trainings: dict[tuple[Factors, float, tuple[int, ...]], SuffixTraining] = field(
+        default_factory=dict
+    )
 
 
 @dataclass
@@ -143,12 +148,15 @@ class Site:
             )
         return rows
 
-    def start(
-        self, run: str, plan: AdaptationPlan, state: State, number: int, rule: RoundRule
-    ) -> State:
-        """Return what came, with the factors that are this site's own where it has some."""
-        ends = tuple(f"/{part}" for part in rule.personal)
-        own = self.cache.personal(run, self.settings.name, plan, number) if ends else None
+    def start(self, request: RoundRequest, plan: AdaptationPlan, state: State) -> State:
+        """Return what came, with what is this site's own: factors, or a local part behind."""
+        ends = tuple(f"/{part}" for part in request.rule.personal)
+        local, name, own = request.local_rank, self.settings.name, None
+        if ends or local:
+            own = self.cache.personal(request.run, name, plan, request.round)
+        if local:
+            seed = zlib.crc32(f"{request.seed}/{name}/local part".encode())
+            return with_local(state, own, local, seed)
         if own is None or state_rank(plan, own) != state_rank(plan, state):
             return state
         return {key: own[key] if key.endswith(ends) else value for key, value in state.items()}
@@ -164,6 +172,8 @@ class Site:
         number: int,
         trained: Factors = "both",
         classes: ClassCounts | None = None,
+        proximal: float = 0.0,
+        optimiser: OptimiserFiles | None = None,
     ) -> tuple[State, TrainingResult, int]:
         """Train from ``state`` on the site's cases.
 
@@ -177,6 +187,8 @@ class Site:
             number: The round.
             trained: The factors of low-rank pairs that move.
             classes: Counts of all sites, to weigh labels by; by default those of each case.
+            proximal: How strongly training holds to ``state``; see ``core/proximal.py``.
+            optimiser: Where the optimiser is kept between rounds; by default it is not.
 
         Returns:
             The state afterwards, what training did, and the number of slices.
@@ -191,21 +203,29 @@ class Site:
         slices = self._slices(engine, classes)
         missing = self.labels(plan.labels).missing
         engine.adapted.train_factors(trained)
-        if (trained, missing) not in engine.trainings:
+        if (key := (trained, proximal, missing)) not in engine.trainings:
             loss = marginal_loss(self._loss(engine), len(plan.labels) + 1, missing)
             precision = self.settings.precision
-            made = SuffixTraining(engine.adapted, loss, precision)
+            made = SuffixTraining(engine.adapted, loss, precision, proximal)
             if not made.apart:  # a network has one compiled step
                 engine.trainings.clear()
-            engine.trainings[trained, missing] = made
+            engine.trainings[key] = made
         engine.adapted.write(state)
         order = zlib.crc32(f"{seed}/{self.settings.name}/{number}".encode())
         set_seed(seed, self.settings.name, number)
-        result = engine.trainings[trained, missing].run(
-            slices, epochs, batch_size, learning_rate, order, cache=self.prefix_cache()
-        )
+        training, batches = engine.trainings[key].on(slices, self.prefix_cache())
+        adam = optimiser.before(number, state) if optimiser else None
+        result = training.run(batches, epochs, batch_size, learning_rate, order, adam=adam)
+        if optimiser:
+            optimiser.keep(number, training.adam())
         log.info("round %d: %d slices, %.1f s", number, len(slices), result.seconds)
         return engine.adapted.read(), result, len(slices)
+
+    def optimiser_files(self, request: RoundRequest, plan: AdaptationPlan) -> OptimiserFiles | None:
+        """Return where the optimiser is kept between the rounds of a run, if it is to be."""
+        if request.optimiser == "fresh":
+            return None
+        return self.cache.optimiser(request.run, self.settings.name, plan, request.trained)
 
     def class_counts(self, plan: AdaptationPlan) -> tuple[ClassCounts, int]:
         """Return pixels and slices by class, and the number of training slices."""

@@ -18,7 +18,13 @@ from pydantic import (
 from dafne_federated.core.errors import AdapterError, SettingsError
 from dafne_federated.core.methods import method_parts
 from dafne_federated.core.plan import LAYER_CHOICES, WireType
-from dafne_federated.core.strategy_table import check_combination, check_late
+from dafne_federated.core.strategy_table import (
+    STRATEGY_TABLE,
+    OptimiserChoice,
+    check_combination,
+    check_late,
+    check_optimisation,
+)
 
 
 class RunSettings(BaseModel):
@@ -45,6 +51,16 @@ class RunSettings(BaseModel):
             of the sites that share theirs.
         class_weights: How often a label occurs, in the weights of Dafne's loss: ``case`` as
             Dafne does it, in one case; ``pooled`` in all training slices of these sites.
+        optimiser: Whether the sites start each round with a ``fresh`` optimiser, or with what
+            theirs knew after their last one (``kept``), which never leaves them.
+        proximal: How strongly a site holds to the state that it received; see
+            ``core/proximal.py``.
+        server_optimiser: What the server makes of the change of a round: ``none`` takes it,
+            ``momentum`` and ``adam`` remember earlier ones; see ``server/server_optimiser.py``.
+        server_rate: How much of its step it takes; by default 1 with ``momentum``, 0.01 with
+            ``adam``, whose steps are that large in each value.
+        server_momentum: How much of what it remembers stays from round to round.
+        local_rank: With strategy ``global+local``, rank of the pairs that stay at each site.
         seed: All randomness follows from it, the site's name and the round.
         min_sites: A round counts with at least so many usable updates; see ``server/quorum.py``.
         sites_per_round: So many sites, drawn anew, train in a round and the others only measure;
@@ -92,6 +108,12 @@ class RunSettings(BaseModel):
     wire: WireType = "float32"
     statistics: Literal["base", "pooled"] = "base"
     class_weights: Literal["case", "pooled"] = "case"
+    optimiser: OptimiserChoice = "fresh"
+    proximal: float = Field(default=0.0, ge=0, le=1e6)
+    server_optimiser: Literal["none", "momentum", "adam"] = "none"
+    server_rate: float | None = Field(default=None, gt=0, le=100)
+    server_momentum: float = Field(default=0.9, ge=0, lt=1)
+    local_rank: int = Field(default=2, ge=1, le=256)
     seed: int = Field(default=1, ge=0, le=2**31 - 1)
     min_sites: int = Field(default=2, ge=1)
     sites_per_round: int = Field(default=0, ge=0)
@@ -138,8 +160,16 @@ class RunSettings(BaseModel):
         pairs = "lora" in method_parts(self.method)
         try:
             check_combination(self.strategy, self.robust, self.bad_sites, self.min_sites, pairs)
+            check_optimisation(self.strategy, self.server_optimiser, self.proximal)
         except SettingsError as error:
             raise ValueError(str(error)) from None
+        whole = self.rank + self.local_rank
+        if STRATEGY_TABLE[self.strategy].local and whole > self.max_rank:
+            msg = (
+                f"strategy {self.strategy!r} trains at rank {self.rank} and local-rank "
+                f"{self.local_rank} together; raise max-rank to {whole}, or take smaller ones"
+            )
+            raise ValueError(msg)
         if self.robust != "none" and "pooled" in (self.statistics, self.class_weights):
             msg = (
                 f"robust {self.robust!r} does not cover what sites pool; take statistics 'base' "
@@ -161,6 +191,11 @@ class RunSettings(BaseModel):
         except SettingsError as error:
             raise ValueError(str(error)) from None
         return self
+
+    @property
+    def server_rate_used(self) -> float:
+        """How much of its step a server optimiser takes."""
+        return self.server_rate or {"adam": 0.01}.get(self.server_optimiser, 1.0)
 
     def learning_rate_in(self, number: int) -> float:
         """Return the learning rate of round ``number``, 1 first.

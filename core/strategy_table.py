@@ -8,20 +8,25 @@ started again, needs nothing from before.
 
 What combines, as ``check_combination`` and ``server/membership.py`` enforce it:
 
-| strategy    | low-rank pairs | own ranks of sites | robust 'clipped' | release | late 'use' |
-|-------------|----------------|--------------------|------------------|---------|------------|
-| fedavg      | never          | no                 | yes              | yes     | yes        |
-| factors     | maybe          | no                 | yes              | yes     | yes        |
-| frozen-a    | always         | no                 | yes              | yes     | yes        |
-| alternating | always         | no                 | no               | yes     | no         |
-| product     | maybe          | yes                | yes              | yes     | yes        |
-| stack       | always         | yes                | yes              | yes     | yes        |
-| shared-a    | always         | no                 | no               | no      | yes        |
+| strategy     | pairs  | own ranks | proximal | server optimiser | late 'use' | release |
+|--------------|--------|-----------|----------|------------------|------------|---------|
+| fedavg       | never  | no        | yes      | yes              | yes        | yes     |
+| factors      | maybe  | no        | yes      | no               | yes        | yes     |
+| frozen-a     | always | no        | yes      | yes              | yes        | yes     |
+| alternating  | always | no        | yes      | yes              | no         | yes     |
+| product      | maybe  | yes       | yes      | no               | yes        | yes     |
+| stack        | always | yes       | yes      | no               | yes        | yes     |
+| shared-a     | always | no        | no       | no               | yes        | no      |
+| global+local | always | yes       | no       | no               | yes        | yes     |
 
 Low-rank pairs come from method 'lora', alone or with others; every other method changes whole
-arrays. The other robust rules choose or weigh updates and go with every strategy. Ranks of
-their own need products to be averaged; a factor that stands still must be the same everywhere,
-and with ``alternating`` it is another one in the round before.
+arrays. Robust rules choose or weigh updates and go with every strategy. Ranks of their own need
+products to be averaged; a factor that stands still must be the same everywhere, and with
+``alternating`` it is another one in the round before. A proximal term holds sites to a state that
+all of them have. A server optimiser remembers the changes of the rounds before, which is only
+right where a change is a plain sum of arrays that mean the same in each round: ``fedavg``,
+``frozen-a``, and ``alternating`` for each factor by itself. A cut turns the basis of pairs, and
+the mean of both factors is no sum of what the sites changed.
 """
 
 from dataclasses import dataclass
@@ -30,6 +35,7 @@ from typing import Literal
 from dafne_federated.core.errors import SettingsError
 
 Factors = Literal["both", "a", "b"]
+OptimiserChoice = Literal["fresh", "kept"]  # of a site, from round to round
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,11 @@ class StrategyRules:
         pairs: Whether the plan may have low-rank pairs: ``never``, ``maybe`` or ``always``.
         ranks: Whether each site may have a rank of its own.
         grows: Whether sites without a rank of their own get the state at whatever rank it has.
-        clipped: Whether updates may be clipped, which scales ``b`` and so needs it to be free.
+        sums: Whether the change of a round is a plain sum of arrays, so that a server optimiser
+            may remember it.
+        proximal: Whether all that a site trains starts from a common state, so that a proximal
+            term may hold it there.
+        local: Whether each site adds low-rank pairs of its own, which stay there.
         common: Whether there is a model for everybody that can be released.
         late: Whether an update of the round before may be combined with those of a round.
     """
@@ -83,7 +93,9 @@ class StrategyRules:
     pairs: Literal["never", "maybe", "always"] = "maybe"
     ranks: bool = False
     grows: bool = False
-    clipped: bool = True
+    sums: bool = False
+    proximal: bool = True
+    local: bool = False
     common: bool = True
     late: bool = True
 
@@ -92,17 +104,21 @@ _ONLY_A, _ONLY_B = RoundRule("a", "a"), RoundRule("b", "b")
 _A_IS_SHARED = RoundRule("both", "a")
 
 STRATEGY_TABLE: dict[str, StrategyRules] = {
-    "fedavg": StrategyRules("the mean of whole arrays", pairs="never"),
+    "fedavg": StrategyRules("the mean of whole arrays", pairs="never", sums=True),
     "factors": StrategyRules("the mean of each factor, which is not that of the products"),
     "frozen-a": StrategyRules(
-        "the mean of b; a is random, common and never trained", _ONLY_B, _ONLY_B, pairs="always"
+        "the mean of b; a is random, common and never trained",
+        _ONLY_B,
+        _ONLY_B,
+        pairs="always",
+        sums=True,
     ),
     "alternating": StrategyRules(
         "the mean of b in odd rounds, of a in even ones",
         _ONLY_B,
         _ONLY_A,
         pairs="always",
-        clipped=False,
+        sums=True,
         late=False,
     ),
     "product": StrategyRules("the mean of the products, cut to the rank", ranks=True),
@@ -117,14 +133,21 @@ STRATEGY_TABLE: dict[str, StrategyRules] = {
         _A_IS_SHARED,
         _A_IS_SHARED,
         pairs="always",
-        clipped=False,
+        proximal=False,
         common=False,
+    ),
+    "global+local": StrategyRules(
+        "the mean of the products of a global part; each site adds a local one that stays there",
+        pairs="always",
+        ranks=True,
+        proximal=False,
+        local=True,
     ),
 }
 
 ROBUST_TABLE: dict[str, str] = {
     "none": "every accepted update counts by its cases, none for more than half",
-    "clipped": "no update moves the base more than the median one",
+    "clipped": "no update changes more in a round than the median one",
     "krum": "only the update nearest to its neighbours counts",
     "multi-krum": "the bad-sites updates farthest from their neighbours are left out",
     "geometric-median": "updates count less the farther they are from the middle",
@@ -243,15 +266,31 @@ def check_combination(
             "take strategy 'fedavg', or method 'lora'"
         )
         raise SettingsError(msg)
-    if robust == "clipped" and not rules.clipped:
-        msg = (
-            f"robust 'clipped' scales b, which strategy {strategy!r} does not let it; "
-            "take robust 'geometric-median', or strategy 'product'"
-        )
-        raise SettingsError(msg)
     if min_sites < (least := least_sites(robust, bad_sites)):
         msg = (
             f"robust {robust!r} needs {least} updates to bear {bad_sites} bad ones, and rounds of "
             f"{min_sites} would count; raise min-sites to {least}, or take fewer bad-sites"
+        )
+        raise SettingsError(msg)
+
+
+def check_optimisation(strategy: str, server_optimiser: str, proximal: float) -> None:
+    """Refuse optimisers and terms that a strategy does not allow, and name the way out.
+
+    Raises:
+        SettingsError: In words, what does not go together and what to take.
+    """
+    rules = STRATEGY_TABLE[strategy]
+    if server_optimiser != "none" and not rules.sums:
+        msg = (
+            f"server-optimiser {server_optimiser!r} needs changes that are plain sums of arrays, "
+            f"and those of strategy {strategy!r} are not; take server-optimiser 'none', or "
+            "strategy 'frozen-a', or 'fedavg' with a method without 'lora'"
+        )
+        raise SettingsError(msg)
+    if proximal and not rules.proximal:
+        msg = (
+            f"proximal holds sites to a state that all of them have, and with strategy "
+            f"{strategy!r} a part of it is each site's own; take proximal 0, or strategy 'product'"
         )
         raise SettingsError(msg)

@@ -25,13 +25,19 @@ class SuffixTraining:
         adapted: The network with its plan.
         loss: The loss of the base's own training function.
         precision: See ``SuffixNetwork``; a network that has no suffix trains in float32.
+        proximal: See ``AdapterTraining``.
     """
 
     def __init__(
-        self, adapted: AdaptedNetwork, loss: Loss, precision: Precision = "float32"
+        self,
+        adapted: AdaptedNetwork,
+        loss: Loss,
+        precision: Precision = "float32",
+        proximal: float = 0.0,
     ) -> None:
         self.adapted = adapted
         self._loss = loss
+        self._proximal = proximal
         self._precision = precision
         self._suffix: SuffixNetwork | None = None
         self._compiled: dict[bool, AdapterTraining] = {}
@@ -102,5 +108,5 @@ class SuffixTraining:
                 network = self._suffix
                 if not cached:
                     network = SuffixNetwork(self.adapted, saved=False, precision=self._precision)
-            self._compiled[cached] = AdapterTraining(network, self._loss)
+            self._compiled[cached] = AdapterTraining(network, self._loss, self._proximal)
         return self._compiled[cached]

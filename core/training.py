@@ -11,7 +11,9 @@ import numpy.typing as npt
 
 from dafne_federated.core.errors import StateError
 from dafne_federated.core.loss_parts import Loss, loss_in_parts
+from dafne_federated.core.optimiser_state import AdamState
 from dafne_federated.core.plan import AdaptationPlan
+from dafne_federated.core.proximal import ProximalAdam
 from dafne_federated.core.slices import PreparedSlices
 
 OnEpoch = Callable[[int, float], None]
@@ -85,12 +87,15 @@ class AdapterTraining:
     Args:
         adapted: The network with its plan, or its suffix.
         loss: The loss of the base's own training function.
+        proximal: How strongly ``run`` holds to the state that it starts from; see
+            ``core/proximal.py``. The loss that is reported is without this term.
     """
 
-    def __init__(self, adapted: Trainable, loss: Loss) -> None:
+    def __init__(self, adapted: Trainable, loss: Loss, proximal: float = 0.0) -> None:
         self._trained = adapted.trained
         loss = loss_in_parts(loss, len(adapted.plan.labels) + 1)
-        self._trained.compile(optimizer=keras.optimizers.Adam(), loss=loss)
+        adam = ProximalAdam(proximal) if proximal else keras.optimizers.Adam()
+        self._trained.compile(optimizer=adam, loss=loss)
         self._trained.optimizer.build(self._trained.trainable_variables)
         self._start = [np.array(v.numpy()) for v in self._trained.optimizer.variables]
 
@@ -102,8 +107,9 @@ class AdapterTraining:
         learning_rate: float,
         seed: int,
         on_epoch: OnEpoch | None = None,
+        adam: AdamState | None = None,
     ) -> TrainingResult:
-        """Train from the state that is written in the network, with a fresh optimiser.
+        """Train from the state that is written in the network.
 
         Args:
             slices: Training slices.
@@ -112,8 +118,16 @@ class AdapterTraining:
             learning_rate: Of Adam.
             seed: Order of the slices; the same seed gives the same bits.
             on_epoch: Called with the epoch, 1 first, and its loss.
+            adam: What the optimiser knows at the start; by default it is a fresh one.
+
+        Raises:
+            StateError: ``adam`` is that of another plan.
         """
         self.restart()
+        if adam:
+            self._set_adam(adam)
+        if isinstance(self._trained.optimizer, ProximalAdam):
+            self._trained.optimizer.hold(self._trained.trainable_variables)
         self._trained.optimizer.learning_rate.assign(learning_rate)
         generator = np.random.default_rng(seed)
         begun, losses, steps = time.monotonic(), [0.0], 0
@@ -146,6 +160,13 @@ class AdapterTraining:
             raise StateError(msg)
         self._assign([values[key] for key in sorted(values)])
 
+    def adam(self) -> AdamState:
+        """Return what Adam knows by state key, and the factors that it belongs to."""
+        changes = self._trained.changes
+        factors = {k: np.array(v.numpy()) for k, v in changes.items() if k[-2:] in ("/a", "/b")}
+        first, second = ({k: np.array(v.numpy()) for k, v in m.items()} for m in self._moments())
+        return AdamState(int(self._trained.optimizer.iterations.numpy()), first, second, factors)
+
     def epoch(
         self, slices: Batches, batch_size: int, learning_rate: float, order: Sequence[int]
     ) -> float:
@@ -164,6 +185,29 @@ class AdapterTraining:
     def dice(self, slices: Batches, missing: Collection[int] = ()) -> float:
         """Return the Dice of the current state; see ``slice_dice``."""
         return slice_dice(self._trained.predict_on_batch, slices, batch_size=4, missing=missing)
+
+    def _set_adam(self, adam: AdamState) -> None:
+        pairs = list(zip(self._moments(), (adam.first, adam.second), strict=True))
+        for variables, values in pairs:
+            expected = {key: tuple(v.shape) for key, v in variables.items()}
+            if {key: value.shape for key, value in values.items()} != expected:
+                msg = f"optimiser: expected moments of {len(expected)} arrays of this plan"
+                raise StateError(f"{msg}, got {len(values)} others")
+        for variables, values in pairs:
+            for key, variable in variables.items():
+                variable.assign(values[key])
+        self._trained.optimizer.iterations.assign(adam.steps)
+
+    def _moments(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the variables of Adam's first and second moments, by state key."""
+        known = {variable.name: variable for variable in self._trained.optimizer.variables}
+        trained = {k: v for k, v in self._trained.changes.items() if v.trainable}
+        first, second = (
+            # Keras names them so: add_variable_from_reference of its optimisers.
+            {k: known[f"{v.path.replace('/', '_')}_{name}"] for k, v in trained.items()}
+            for name in ("momentum", "velocity")
+        )
+        return first, second
 
     def _assign(self, values: Sequence[npt.NDArray[np.generic]]) -> None:
         for variable, value in zip(self._trained.optimizer.variables, values, strict=True):

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dafne_federated.core.class_weights import ClassCounts
 from dafne_federated.core.errors import MessageError
 from dafne_federated.core.plan import Sha256, WireType
-from dafne_federated.core.strategy_table import Factors, RoundRule
+from dafne_federated.core.strategy_table import Factors, OptimiserChoice, RoundRule
 
 PROTOCOL = 1
 QUERY_OFFER = "query.offer"
@@ -152,6 +152,9 @@ class RoundRequest(WireMessage):
         class_pixels: Pixels of each output channel at all sites, background first, where the
             sites pooled them; a site then weighs labels by these counts.
         class_slices: Slices that hold each of them.
+        optimiser: Whether the site keeps its optimiser from round to round.
+        proximal: How strongly it holds to the state that comes along; see ``core/proximal.py``.
+        local_rank: Rank of what each site adds for itself; see ``core/local_part.py``.
     """
 
     protocol: Literal[1] = 1
@@ -168,6 +171,9 @@ class RoundRequest(WireMessage):
     sent: Factors = "both"
     class_pixels: Counts | None = None
     class_slices: Counts | None = None
+    optimiser: OptimiserChoice = "fresh"
+    proximal: float = Field(default=0.0, ge=0)
+    local_rank: int = Field(default=0, ge=0, le=256)
 
     @property
     def rule(self) -> RoundRule:

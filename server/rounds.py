@@ -37,6 +37,7 @@ from dafne_federated.server.membership import Members, gather
 from dafne_federated.server.questions import Ask, Questions
 from dafne_federated.server.quorum import Answers, collect, refused_here, suffices
 from dafne_federated.server.sampling import sampled
+from dafne_federated.server.server_optimiser import stepped
 from dafne_federated.server.statistics import pool_statistics, with_statistics
 from dafne_federated.strategies import STRATEGIES
 from dafne_federated.strategies.outliers import update_norm
@@ -110,6 +111,9 @@ def _round(
         wire=settings.wire,
         class_pixels=list(classes.pixels) if classes and trained else None,
         class_slices=list(classes.slices) if classes and trained else None,
+        optimiser=settings.optimiser,
+        proximal=settings.proximal,
+        local_rank=settings.local_rank if STRATEGY_TABLE[settings.strategy].local else 0,
     )
     cuts = _cuts(plan, members, state, settings, number, training)
     asks = _asks(plan, request, cuts, training)
@@ -172,15 +176,16 @@ def _round(
     error, combining = None, time.monotonic()
     if trained:
         bad = bad_left(settings.robust, settings.bad_sites, len(updates), refused_here(answers))
-        chosen = ROBUST_RULES[settings.robust](plan, updates, bad or 0)
+        chosen = ROBUST_RULES[settings.robust](plan, updates, bad or 0, state)
         if settings.robust != "none" or any(update.share < 1 for update in chosen):
-            shares = {update.site: update.share for update in chosen}
+            shares = {update.site: update.share for update in chosen if update.site in sites}
             for site in sites:
                 sites[site] = sites[site].model_copy(update={"share": shares.get(site, 0.0)})
             folder.event("weighed", round=number, rule=settings.robust, bad=bad, shares=shares)
         aggregate = STRATEGIES[settings.strategy](plan, chosen)
         # What is kept and may be released is what the sites will get and evaluate.
-        state, error = rounded(plan, aggregate.state, settings.wire), aggregate.error
+        new = stepped(folder, settings, plan, number, state, aggregate.state)
+        state, error = rounded(plan, new, settings.wire), aggregate.error
         log.info("round %d: aggregation error %.2g", number, error)
     line = RoundLine(
         round=number,

@@ -29,6 +29,7 @@ KERAS = {
     "core/network_layers.py",
     "core/partial_labels.py",
     "core/prefix_cache.py",
+    "core/proximal.py",
     "core/suffix_network.py",
     "core/training.py",
 }

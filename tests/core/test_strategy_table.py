@@ -13,6 +13,7 @@ from dafne_federated.core.strategy_table import (
     bad_left,
     check_combination,
     check_late,
+    check_optimisation,
     least_sites,
     round_rule,
     updates_suffice,
@@ -54,6 +55,22 @@ def test_what_is_refused_names_a_way_that_is_not(strategy: str, robust: str, pai
         check_combination(strategy, robust, 1, 5, bool(pairs))
 
 
+@pytest.mark.parametrize("strategy", STRATEGY_TABLE)
+def test_optimisers_that_are_refused_name_ways_that_are_not(strategy: str) -> None:
+    refused = 0
+    for optimiser, proximal in (("momentum", 0.0), ("adam", 0.0), ("none", 0.1)):
+        try:
+            check_optimisation(strategy, optimiser, proximal)
+        except SettingsError as error:
+            refused += 1
+            way = str(error).split("; take ")[1].split("strategy '")[1].split("'")[0]
+            check_optimisation(way, optimiser, proximal)
+            check_optimisation(strategy, "none", 0.0)
+    assert refused == {"shared-a": 3, "global+local": 3, "fedavg": 0}.get(
+        strategy, 0 if strategy in ("frozen-a", "alternating") else 2
+    )
+
+
 def test_how_many_bad_sites_are_borne() -> None:
     assert [least_sites("krum", bad) for bad in (0, 1, 2)] == [3, 5, 7]
     assert [least_sites("geometric-median", bad) for bad in (0, 1, 2)] == [1, 3, 5]
@@ -89,6 +106,10 @@ def test_the_printed_table_is_the_enforced_one() -> None:
     printed = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
     words = {True: "yes", False: "no"}
     assert printed == [
-        [name, r.pairs, *(words[w] for w in (r.ranks, r.clipped, r.common, r.late))]
+        [
+            name,
+            r.pairs,
+            *(words[w] for w in (r.ranks, r.proximal, r.sums, r.late, r.common)),
+        ]
         for name, r in STRATEGY_TABLE.items()
     ]
