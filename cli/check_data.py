@@ -13,10 +13,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from dafne_federated.client.labels_here import labels_here
+from dafne_federated.client.site_settings import SiteSettings, read_site
 from dafne_federated.core.data_check import check_folder
 from dafne_federated.core.dataset import open_folder
-from dafne_federated.core.findings import Finding, Severity, enumerated, expectation_of
+from dafne_federated.core.errors import SettingsError
+from dafne_federated.core.findings import (
+    Finding,
+    ModelExpectation,
+    Severity,
+    enumerated,
+    expectation_of,
+)
 from dafne_federated.core.model_file import read_model
+from dafne_federated.core.site_labels import SiteLabels
 
 _STYLE: Final[dict[Severity, str]] = {"error": "red", "warning": "yellow", "note": "blue"}
 
@@ -39,6 +49,15 @@ def check_data(
             show_default=False,
         ),
     ] = None,
+    site: Annotated[
+        Path | None,
+        typer.Option(
+            "--site",
+            help="Settings of a site, for what it calls the labels of the model and which of them "
+            "it annotated; with --model.",
+            show_default=False,
+        ),
+    ] = None,
     json_output: Annotated[
         bool, typer.Option("--json", help="Print the findings as a JSON list.")
     ] = False,
@@ -51,6 +70,7 @@ def check_data(
     """
     expected = None if model is None else expectation_of(read_model(model))
     folder = open_folder(directory)
+    here = None if site is None else _labels_of(read_site(site), expected)
     columns = (TextColumn("Checking"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=len(folder.cases))
@@ -58,6 +78,7 @@ def check_data(
             folder,
             expected,
             progress=lambda done, _: progress.update(task, completed=done),
+            here=here,
         )
     if json_output:
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
@@ -65,6 +86,13 @@ def check_data(
         _print_tables(findings, folder.name, len(folder.cases))
     if any(finding.severity == "error" for finding in findings):
         raise typer.Exit(1)
+
+
+def _labels_of(site: SiteSettings, expected: ModelExpectation | None) -> SiteLabels:
+    if expected is None or not expected.labels:
+        msg = "site: expected a --model that states its labels beside it"
+        raise SettingsError(msg)
+    return labels_here(site, expected.labels)
 
 
 def _print_tables(findings: Sequence[Finding], name: str, cases: int) -> None:

@@ -38,6 +38,10 @@ def simulate(
     shares: Annotated[
         str | None, typer.Option(help="Persons for training, validation, test. [2,1,1]")
     ] = None,
+    without: Annotated[
+        str | None,
+        typer.Option(help="Labels that sites shall lack, to see what it costs: site-2:disc,canal"),
+    ] = None,
     rounds: Annotated[int | None, typer.Option(help="Rounds of the federation. [5]")] = None,
     epochs: Annotated[int | None, typer.Option(help="Local epochs in a round. [4]")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of Adam. [0.003]")] = None,
@@ -83,6 +87,24 @@ def simulate(
     person_rate: Annotated[
         float | None, typer.Option(help="With person: share of persons in a step. [0.5]")
     ] = None,
+    optimiser: Annotated[
+        str | None, typer.Option(help="Of the sites, fresh or kept between rounds.")
+    ] = None,
+    proximal: Annotated[
+        float | None, typer.Option(help="How strongly sites hold to what they received. [0]")
+    ] = None,
+    server_optimiser: Annotated[
+        str | None, typer.Option(help="none, momentum or adam. By default none.")
+    ] = None,
+    server_rate: Annotated[
+        float | None, typer.Option(help="Of its steps. [1, with adam 0.01]")
+    ] = None,
+    server_momentum: Annotated[
+        float | None, typer.Option(help="How much of its memory stays in a round. [0.9]")
+    ] = None,
+    local_rank: Annotated[
+        int | None, typer.Option(help="With global+local: rank of each site's own part. [2]")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="All randomness follows from it. [1]")] = None,
     gate: Annotated[
         str | None, typer.Option(help="validation or none. By default validation.")
@@ -91,6 +113,18 @@ def simulate(
         float | None, typer.Option(help="Dice that a label of a site may lose. [0.05]")
     ] = None,
     min_sites: Annotated[int | None, typer.Option(help="Without so many no round. [2]")] = None,
+    sites_per_round: Annotated[
+        int | None, typer.Option(help="So many, drawn anew, train in a round; 0 for all. [0]")
+    ] = None,
+    grace: Annotated[
+        float | None, typer.Option(help="Longer wait if too few answered, seconds. [0]")
+    ] = None,
+    retries: Annotated[
+        int | None, typer.Option(help="Times to ask again if too few answered. [1]")
+    ] = None,
+    late: Annotated[
+        str | None, typer.Option(help="Update after its round: drop or use. By default drop.")
+    ] = None,
     deadline: Annotated[float | None, typer.Option(help="Of a round, seconds. [3600]")] = None,
     wait: Annotated[float | None, typer.Option(help="For the sites, seconds. [300]")] = None,
     max_cases: Annotated[
@@ -150,6 +184,7 @@ def simulate(
             divide=options.divide,
             sizes=options.sizes,
             shares=options.shares,
+            without=options.without,
         ),
         settings=chosen,
         fit=FitSettings(epochs=options.base_epochs, seed=chosen.seed),
@@ -168,6 +203,7 @@ def simulate(
 
 def _summary(path: Path) -> None:
     from dafne_federated.core.run_folder import RunFolder
+    from dafne_federated.simulations.aggregation_words import aggregation_words
     from dafne_federated.simulations.comparison import compare
     from dafne_federated.simulations.release_check import load_release_check
     from dafne_federated.simulations.test_results import ARMS, load_test_rows
@@ -183,6 +219,8 @@ def _summary(path: Path) -> None:
             cells = ["-" if value is None else f"{value:.3f}" for value in shown]
             table.add_row(line.site or "all", str(line.persons), *cells)
         console.print(table)
+    if words := aggregation_words(folder.info(), plan, folder.rounds()):
+        console.print(words, highlight=False)
     word = "Released" if result.released else "Nothing released"
     console.print(f"{word}: {result.reason}", highlight=False)
     if result.released:

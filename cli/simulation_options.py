@@ -26,6 +26,25 @@ def numbers(text: object) -> object:
         raise ValueError(msg) from None
 
 
+def labels_by_site(text: object) -> object:
+    """Return the labels by site of a text such as ``site-2:disc,canal;site-3:disc``.
+
+    Raises:
+        ValueError: The text is something else.
+    """
+    if not isinstance(text, str):
+        return text
+    found: dict[str, tuple[str, ...]] = {}
+    for part in text.split(";"):
+        site, colon, labels = (word.strip() for word in part.partition(":"))
+        names = tuple(name.strip() for name in labels.split(","))
+        if not (site and colon and all(names)) or site in found:
+            msg = "expected labels by site such as site-2:disc,canal;site-3:disc"
+            raise ValueError(msg)
+        found[site] = names
+    return found
+
+
 Persons = Annotated[int, Field(ge=1)]
 
 
@@ -50,6 +69,9 @@ class SimulationOptions(BaseModel):
     divide: int | None = None
     sizes: Annotated[tuple[float, ...] | None, BeforeValidator(numbers)] = None
     shares: Annotated[tuple[float, float, float], BeforeValidator(numbers)] = (2.0, 1.0, 1.0)
+    without: Annotated[dict[str, tuple[str, ...]], BeforeValidator(labels_by_site)] = Field(
+        default_factory=dict
+    )
     base_epochs: int = Field(default=60, ge=1)
     base_size: Annotated[int, Field(ge=8)] | None = None
     base_resolution: Annotated[float, Field(gt=0)] | None = None

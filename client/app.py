@@ -16,6 +16,7 @@ from dafne_federated.client.site import Site, dice_by_label
 from dafne_federated.client.site_settings import site_of
 from dafne_federated.core.errors import ApprovalError, MessageError, StateError
 from dafne_federated.core.files import sha256
+from dafne_federated.core.local_part import global_part, silenced
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.privacy_accountant import UNIT
 from dafne_federated.core.state import without_factors
@@ -143,14 +144,16 @@ def _round(message: Message, context: Context, train: bool) -> Message:
         request = RoundRequest.from_record(message.content)
         plan = site.agreed_plan(request.run, request.plan_digest, request.base_digest)
         state, rule = take_state(message.content, plan, request.wire), request.rule
-        state = site.start(request.run, plan, state, request.round, rule)
+        state = site.start(request, plan, state)
         begun = time.monotonic()
-        dice, counts = dice_by_label(plan, site.evaluate(plan, state))
+        common = silenced(state, request.local_rank)
+        dice, counts = dice_by_label(plan, site.evaluate(plan, common))
         fields: dict[str, object] = {
             "dice": dice,
             "dice_cases": counts,
             "evaluation_seconds": time.monotonic() - begun,
             "device": site.device().name,
+            "missing": list(site.data.labels(plan.labels).missing) or None,
         }
         if not train:
             return _round_reply(request, site, "ok", "", fields).to_record()
@@ -177,16 +180,19 @@ def _round(message: Message, context: Context, train: bool) -> Message:
                 request.round,
                 trained=rule.trained,
                 classes=request.classes,
+                proximal=request.proximal,
+                optimiser=site.optimiser_files(request, plan),
             )
             fields |= {
                 "training_slices": slices,
                 "loss": result.loss,
                 "seconds": result.seconds,
             }
-        if rule.personal:
+        if rule.personal or request.local_rank:
             name = site.settings.name
             site.cache.keep_personal(request.run, name, plan, request.round, state)
-        arrays = state_record(plan, without_factors(state, rule.absent), request.wire)
+        sent = without_factors(global_part(state, request.local_rank), rule.absent)
+        arrays = state_record(plan, sent, request.wire)
         return _round_reply(request, site, "ok", "", fields).to_record(arrays)
 
     return _answer(message, context, act, respond)

@@ -90,9 +90,9 @@ def train_privately(
     """
     settings = site.settings
     require_noise(settings, mechanism)
-    _require_cover(settings, plan, request)
+    _require_cover(site, plan, request)
     engine, training, slices = site.ready(plan, state, request.epochs, request.trained)
-    persons = site.persons(engine)
+    persons = site.data.persons(engine.model)
     if settings.delta * len(set(persons)) >= 1:
         msg = f"the site's delta {settings.delta:g} must be below 1 / persons; it must lower it"
         raise ApprovalError(msg)
@@ -120,7 +120,7 @@ def train_privately(
         return PrivateAnswer(kept, own, settings.delta, steps, 0.0)
     set_seed(request.seed, settings.name, request.round)
     if engine.private is None or engine.private.training is not training:
-        engine.private = PrivateTraining(training, site.loss(engine))
+        engine.private = PrivateTraining(training)
     result = engine.private.run(
         slices,
         persons,
@@ -136,12 +136,22 @@ def train_privately(
     return PrivateAnswer(answer, own, settings.delta, steps, result.seconds)
 
 
-def _require_cover(settings: SiteSettings, plan: AdaptationPlan, request: RoundRequest) -> None:
+def _require_cover(site: Site, plan: AdaptationPlan, request: RoundRequest) -> None:
     """Refuse what carries something of a person past the noise."""
     if plan.normalisations or request.classes:
         msg = (
             "statistics or class frequencies were pooled over all persons, which the noise does "
             "not cover; take statistics 'base' and class-weights 'case'"
+        )
+        raise ApprovalError(msg)
+    if request.optimiser != "fresh" or request.proximal:
+        msg = "private steps start with a fresh optimiser and have no proximal term"
+        raise ApprovalError(msg)
+    settings = site.settings
+    if settings.annotated is None and site.data.labels(plan.labels).missing:
+        msg = (
+            "which labels a site lacks may follow from one person's masks, and it leaves without "
+            "noise; the site must say with 'annotated' which labels it has"
         )
         raise ApprovalError(msg)
     person = {ref.name: ref.person for ref in open_folder(settings.data).cases}

@@ -5,58 +5,63 @@ Everything that a message can ask of a site happens here; ``app.py`` only carrie
 
 import logging
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from dafne_federated.client.optimiser_files import OptimiserFiles
 from dafne_federated.client.site_cache import SiteCache
+from dafne_federated.client.site_data import SiteData
 from dafne_federated.client.site_settings import SiteSettings
 from dafne_federated.core.adapters import AdaptedNetwork
 from dafne_federated.core.approvals import Approvals
 from dafne_federated.core.backend import Device, prepare_backend, set_seed
 from dafne_federated.core.batch_statistics import measure, recalibrate
-from dafne_federated.core.class_weights import ClassCounts, class_counts, reweighted
-from dafne_federated.core.dataset import CaseRef, load_case, open_folder
-from dafne_federated.core.errors import ApprovalError, DataError, MessageError
+from dafne_federated.core.class_weights import ClassCounts, class_counts
+from dafne_federated.core.errors import ApprovalError, MessageError, SettingsError
 from dafne_federated.core.evaluation import evaluate_case
+from dafne_federated.core.local_part import with_local
 from dafne_federated.core.metrics import Agreement, judged, mean
-from dafne_federated.core.model_runtime import Loss, RunningModel
+from dafne_federated.core.model_runtime import RunningModel
 from dafne_federated.core.moments import Moments
+from dafne_federated.core.partial_labels import marginal_loss
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.prefix_cache import PrefixCache
-from dafne_federated.core.preprocessing import BiasFieldCache
 from dafne_federated.core.private_training import PrivateTraining
-from dafne_federated.core.slices import PreparedSlices, concatenate
+from dafne_federated.core.slices import PreparedSlices
 from dafne_federated.core.state import State, initial_state, state_rank
-from dafne_federated.core.strategy_table import Factors, RoundRule
+from dafne_federated.core.strategy_table import Factors
 from dafne_federated.core.suffix_training import SuffixTraining
 from dafne_federated.core.training import TrainingResult
-from dafne_federated.core.volumes import Case
+from dafne_federated.core.wire import RoundRequest
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Engine:
-    """A base with a plan attached, ready to train; expensive to make, so kept."""
+    """A base with a plan attached, ready to train; expensive to make, so kept.
+
+    What trains is compiled once for each set of factors that moves and each set of labels that a
+    site lacks, for these decide the loss: with strategy ``alternating`` there are two, which share
+    the network and its weights. Each keeps a compiled step and, while it runs, an optimiser of
+    its own.
+    """
 
     model: RunningModel
     adapted: AdaptedNetwork
-    training: SuffixTraining | None = None
+    trainings: dict[tuple[Factors, float, tuple[int, ...]], SuffixTraining] = field(
+        default_factory=dict
+    )
     private: PrivateTraining | None = None
-    trained: Factors = "both"
 
 
 @dataclass
 class _Kept:
-    """What this process keeps between messages: one engine, and slices by site."""
+    """What this process keeps between messages."""
 
     engine_key: tuple[str, str, int, str] | None = None
     engine: Engine | None = None
-    slices: dict[tuple[str, str, ClassCounts | None], PreparedSlices] = field(default_factory=dict)
-    persons: dict[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
-    bias_fields: dict[str, BiasFieldCache] = field(default_factory=dict)
 
 
 _KEPT = _Kept()
@@ -73,15 +78,20 @@ class Site:
         self.settings = settings
         self.cache = SiteCache(settings.cache)
         self.approvals = Approvals(settings.approvals)
+        self.data = SiteData(settings, self.cache)
 
     def consider(self, run: str, plan: AdaptationPlan) -> None:
         """Decide whether this site takes part in a run, and remember its plan.
 
         Raises:
-            ApprovalError: The base is not approved here, there are too few cases, or the plan
-                does not allow the site's rank.
+            ApprovalError: The base is not approved here, there are too few cases, the plan
+                does not allow the site's rank, or its labels and those of the model do not fit.
         """
         self.require_consent(plan.base_digest)
+        try:
+            self.data.labels(plan.labels)
+        except SettingsError as error:
+            raise ApprovalError(str(error)) from None
         pairs = any(target.low_rank for target in plan.targets)
         if pairs and (self.settings.rank or 0) > plan.max_rank:
             msg = f"this site trains at rank {self.settings.rank}, the plan allows {plan.max_rank}"
@@ -123,23 +133,26 @@ class Site:
         engine = self.engine(plan, state_rank(plan, state))
         engine.adapted.write(state)
         rows = []
-        for case in self._cases(self.settings.validation):
+        for case in self.data.cases(self.settings.validation, plan.labels):
             rows += evaluate_case(
                 engine.model,
                 case,
                 engine.adapted.predict,
                 self.settings.classification,
-                self.bias_fields(),
+                self.data.bias_fields(),
                 distances=False,
             )
         return rows
 
-    def start(
-        self, run: str, plan: AdaptationPlan, state: State, number: int, rule: RoundRule
-    ) -> State:
-        """Return what came, with the factors that are this site's own where it has some."""
-        ends = tuple(f"/{part}" for part in rule.personal)
-        own = self.cache.personal(run, self.settings.name, plan, number) if ends else None
+    def start(self, request: RoundRequest, plan: AdaptationPlan, state: State) -> State:
+        """Return what came, with what is this site's own: factors, or a local part behind."""
+        ends = tuple(f"/{part}" for part in request.rule.personal)
+        local, name, own = request.local_rank, self.settings.name, None
+        if ends or local:
+            own = self.cache.personal(request.run, name, plan, request.round)
+        if local:
+            seed = zlib.crc32(f"{request.seed}/{name}/local part".encode())
+            return with_local(state, own, local, seed)
         if own is None or state_rank(plan, own) != state_rank(plan, state):
             return state
         return {key: own[key] if key.endswith(ends) else value for key, value in state.items()}
@@ -155,6 +168,8 @@ class Site:
         number: int,
         trained: Factors = "both",
         classes: ClassCounts | None = None,
+        proximal: float = 0.0,
+        optimiser: OptimiserFiles | None = None,
     ) -> tuple[State, TrainingResult, int]:
         """Train from ``state`` on the site's cases.
 
@@ -168,19 +183,23 @@ class Site:
             number: The round.
             trained: The factors of low-rank pairs that move.
             classes: Counts of all sites, to weigh labels by; by default those of each case.
+            proximal: How strongly training holds to ``state``; see ``core/proximal.py``.
+            optimiser: Where the optimiser is kept between rounds; by default it is not.
 
         Returns:
             The state afterwards, what training did, and the number of slices.
 
         Raises:
-            ApprovalError: The site does not agree to so many epochs.
+            ApprovalError: See ``ready``.
         """
-        engine, training, slices = self.ready(plan, state, epochs, trained, classes)
+        engine, training, slices = self.ready(plan, state, epochs, trained, classes, proximal)
         order = zlib.crc32(f"{seed}/{self.settings.name}/{number}".encode())
         set_seed(seed, self.settings.name, number)
-        result = training.run(
-            slices, epochs, batch_size, learning_rate, order, cache=self.prefix_cache()
-        )
+        compiled, batches = training.on(slices, self.prefix_cache())
+        adam = optimiser.before(number, state) if optimiser else None
+        result = compiled.run(batches, epochs, batch_size, learning_rate, order, adam=adam)
+        if optimiser:
+            optimiser.keep(number, compiled.adam())
         log.info("round %d: %d slices, %.1f s", number, len(slices), result.seconds)
         return engine.adapted.read(), result, len(slices)
 
@@ -191,24 +210,39 @@ class Site:
         epochs: int,
         trained: Factors = "both",
         classes: ClassCounts | None = None,
+        proximal: float = 0.0,
     ) -> tuple[Engine, SuffixTraining, PreparedSlices]:
-        """Return the engine with ``state`` written in it, its training, and the slices."""
+        """Return the engine with ``state`` written in it, its training, and the slices.
+
+        Raises:
+            ApprovalError: The site does not agree to so many epochs.
+        """
         if epochs > self.settings.max_epochs:
             msg = f"this site trains at most {self.settings.max_epochs} epochs a round"
             raise ApprovalError(msg)
         engine = self.engine(plan, state_rank(plan, state))
-        slices = self._slices(engine, classes)
-        if engine.training is None or engine.trained != trained:
+        slices = self.data.slices(engine.model, classes)
+        missing = self.data.labels(plan.labels).missing
+        engine.adapted.train_factors(trained)
+        if (key := (trained, proximal, missing)) not in engine.trainings:
+            loss = marginal_loss(self.data.loss(engine.model), len(plan.labels) + 1, missing)
             precision = self.settings.precision
-            engine.adapted.train_factors(trained)
-            engine.training = SuffixTraining(engine.adapted, self.loss(engine), precision)
-            engine.trained, engine.private = trained, None
+            made = SuffixTraining(engine.adapted, loss, precision, proximal)
+            if not made.apart:  # a network has one compiled step
+                engine.trainings.clear()
+            engine.trainings[key] = made
         engine.adapted.write(state)
-        return engine, engine.training, slices
+        return engine, engine.trainings[key], slices
+
+    def optimiser_files(self, request: RoundRequest, plan: AdaptationPlan) -> OptimiserFiles | None:
+        """Return where the optimiser is kept between the rounds of a run, if it is to be."""
+        if request.optimiser == "fresh":
+            return None
+        return self.cache.optimiser(request.run, self.settings.name, plan, request.trained)
 
     def class_counts(self, plan: AdaptationPlan) -> tuple[ClassCounts, int]:
         """Return pixels and slices by class, and the number of training slices."""
-        slices = self._slices(self.engine(plan, plan.rank))
+        slices = self.data.slices(self.engine(plan, plan.rank).model)
         return class_counts(slices), len(slices)
 
     def moments(self, plan: AdaptationPlan, number: int, renewed: State) -> Moments:
@@ -227,7 +261,8 @@ class Site:
             raise MessageError(msg)
         engine = self.engine(plan, plan.rank)
         engine.adapted.write(initial_state(plan, 0) | renewed)
-        return measure(engine.adapted, plan.normalisations[number][0], self._slices(engine))
+        slices = self.data.slices(engine.model)
+        return measure(engine.adapted, plan.normalisations[number][0], slices)
 
     def own_statistics(self, plan: AdaptationPlan, state: State) -> State:
         """Return ``state`` with the statistics of this site's training slices alone."""
@@ -235,7 +270,7 @@ class Site:
             return state
         engine = self.engine(plan, state_rank(plan, state))
         base = engine.model.file.weights
-        return recalibrate(engine.adapted, base, state, self._slices(engine))
+        return recalibrate(engine.adapted, base, state, self.data.slices(engine.model))
 
     def device(self) -> Device:
         """Return the device that this site uses."""
@@ -257,67 +292,11 @@ class Site:
         self.approvals.require(_KEPT.engine.model.file)
         return _KEPT.engine
 
-    def bias_fields(self) -> BiasFieldCache:
-        """Return the site's kept bias fields."""
-        folder = self.settings.bias_fields or self.settings.cache / "bias-fields"
-        return _KEPT.bias_fields.setdefault(str(folder), BiasFieldCache(folder))
-
     def prefix_cache(self) -> PrefixCache | None:
         """Return where the site keeps what frozen layers make of its slices, if it does."""
         if not self.settings.prefix_cache:
             return None
         return PrefixCache(self.cache.features, self.settings.prefix_cache_mib)
-
-    def loss(self, engine: Engine) -> Loss:
-        """Return the base's loss; where all slices came from disk it is still to be captured."""
-        cases = self._cases(self.settings.training)
-        while engine.model.loss is None:
-            engine.model.prepare(next(cases), self.settings.classification, self.bias_fields())
-        return engine.model.loss
-
-    def persons(self, engine: Engine) -> tuple[str, ...]:
-        """Return whose each training slice is, once they are prepared."""
-        return _KEPT.persons[self._slices_key(engine)]
-
-    def _slices_key(self, engine: Engine) -> tuple[str, str]:
-        names = "/".join(self.settings.training)
-        return f"{self.settings.cache}/{names}", engine.model.file.digest
-
-    def _slices(self, engine: Engine, classes: ClassCounts | None = None) -> PreparedSlices:
-        key = (*self._slices_key(engine), classes)
-        if key not in _KEPT.slices:
-            _KEPT.slices.pop((*key[:2], None), None)  # the same images with other weights
-            cases = self._cases(self.settings.training)
-            named = [(case.person, self._prepared(engine, case)) for case in cases]
-            owners = [owner for owner, part in named for _ in range(len(part or ()))]
-            _KEPT.persons[key[:2]] = tuple(owners)
-            parts = [part for _, part in named if part]
-            if classes:
-                parts = [reweighted(part, classes) for part in parts]
-            if not parts:
-                msg = "no slice of the training cases can be trained on"
-                raise DataError(msg)
-            _KEPT.slices[key] = concatenate(parts)
-        return _KEPT.slices[key]
-
-    def _prepared(self, engine: Engine, case: Case) -> PreparedSlices | None:
-        classification = self.settings.classification
-        key = self.cache.slices_key(case, engine.model.file, classification)
-        slices = self.cache.slices(key)
-        if slices is None:
-            slices = engine.model.prepare(case, classification, self.bias_fields())
-            if slices is not None:
-                self.cache.keep_slices(key, slices)
-        return slices
-
-    def _cases(self, names: tuple[str, ...]) -> Iterator[Case]:
-        folder = open_folder(self.settings.data)
-        known: dict[str, CaseRef] = {ref.name: ref for ref in folder.cases}
-        for name in names:
-            if name not in known:
-                msg = f"case {name!r} is not in the site's folder"
-                raise DataError(msg)
-            yield load_case(known[name], folder.labels)
 
 
 def dice_by_label(plan: AdaptationPlan, rows: list[Agreement]) -> tuple[list[float], list[int]]:

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
+from dafne_federated.client.optimiser_files import OptimiserFiles
 from dafne_federated.core.errors import ModelFileError, StateError
 from dafne_federated.core.files import arrays_digest, private_folder, sha256, write_atomic
 from dafne_federated.core.model_file import ModelFile, parse_model
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.slices import PreparedSlices
 from dafne_federated.core.state import State, load_state, save_state
+from dafne_federated.core.strategy_table import Factors
 from dafne_federated.core.volumes import Case
 
 # Raise when the way slices are prepared changes, so that old files are not used.
@@ -87,6 +89,13 @@ class SiteCache:
             path.unlink()
         folder = self._personal_folder(run, site, plan)
         save_state(folder / f"round-{number:04d}.npz", plan, state)
+
+    def optimiser(
+        self, run: str, site: str, plan: AdaptationPlan, trained: Factors
+    ) -> OptimiserFiles:
+        """Return where a site keeps its optimiser between rounds that train these factors."""
+        folder = self.folder / "optimisers" / f"{run}-{plan.digest[:16]}" / site
+        return OptimiserFiles(folder / trained)
 
     def slices_key(self, case: Case, model: ModelFile, classification: str) -> str:
         """Return a digest of everything that the prepared slices of a case depend on."""

@@ -23,6 +23,11 @@ class SiteSettings(BaseModel):
             ``cache``.
         approvals: The list of models that may run here.
         classification: Class as Dafne names it, e.g. ``Thigh, Left``; empty for most models.
+        label_names: The site's own name of a label, by the label of the model, where it differs.
+        annotated: Labels of the model that were annotated here. By default those that the
+            folder's label table knows; to be said where the table names what nobody looked for,
+            or where a label is annotated and happens to occur in nobody. The others are masked
+            out of the loss.
         min_cases: The site takes part only with at least so many training cases.
         max_epochs: Longest training in a round that it agrees to.
         rank: Rank of its low-rank pairs, within the bound of the plan: less for few cases or a
@@ -58,6 +63,8 @@ class SiteSettings(BaseModel):
     bias_fields: Path | None = None
     approvals: Path
     classification: str = ""
+    label_names: dict[str, str] = Field(default_factory=dict)
+    annotated: tuple[str, ...] | None = None
     min_cases: int = Field(default=1, ge=1)
     max_epochs: int = Field(default=1000, ge=1)
     rank: int | None = Field(default=None, ge=1, le=256)

@@ -17,6 +17,8 @@ from dafne_federated.core.case_check import (
 from dafne_federated.core.dataset import CaseRef, DataFolder, files_left_out
 from dafne_federated.core.files import arrays_digest
 from dafne_federated.core.findings import LEAST_SLICES, Finding, ModelExpectation, enumerated
+from dafne_federated.core.label_check import check_absent
+from dafne_federated.core.site_labels import SiteLabels
 from dafne_federated.core.volumes import DAFNE_ORIENTATION, Case, orientation
 
 
@@ -25,6 +27,7 @@ def check_folder(
     expected: ModelExpectation | None,
     splits: Mapping[str, Sequence[CaseRef]] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    here: SiteLabels | None = None,
 ) -> list[Finding]:
     """Look at every case of a folder, and at all of them together.
 
@@ -35,6 +38,7 @@ def check_folder(
         expected: What the model needs that shall be trained; None checks the data alone.
         splits: Parts that must not share a person, by name.
         progress: Called with cases done and all cases, after each case.
+        here: What the site calls the labels of the model, and which of them it annotated.
 
     Returns:
         Findings: those about the whole folder first, then by case.
@@ -44,11 +48,14 @@ def check_folder(
         labels = expected.labels
     least = None if expected is None else expected.least_labels
     by_case: list[Finding] = []
+    known: set[str] = set()
     seen: list[_Seen] = []
     for done, ref in enumerate(folder.cases, start=1):
         case, found = read_for_check(ref, folder.labels)
         by_case += found
         if case is not None:
+            known |= case.masks.keys()
+            case = case if here is None else here.case(case)
             by_case += check_case(case, labels, expected)
             seen.append(_remember(case, labels, least))
         if progress is not None:
@@ -58,7 +65,7 @@ def check_folder(
         *_check_duplicates(seen),
         *_check_sites(folder.cases),
         *_check_slices(seen, labels, expected),
-        *_check_labels(seen, labels),
+        *check_absent(labels, known, {name for case in seen for name in case.drawn}, here),
         *_check_directions(seen, expected),
         *_check_left_out(folder),
         *_check_model(expected),
@@ -147,17 +154,6 @@ def _check_slices(
     elif usable < labelled:
         what = f"Dafne will skip {labelled - usable} of the {labelled} slices with labels."
         yield Finding("note", "", what, advice)
-
-
-def _check_labels(seen: Sequence[_Seen], labels: Sequence[str]) -> Iterator[Finding]:
-    absent = [label for label in labels if not any(label in case.drawn for case in seen)]
-    if absent and len(absent) == len(labels):
-        what = f"None of the labels asked for is drawn: {enumerated(labels)}."
-        advice = "Name the drawn labels exactly so, capitals and spaces included."
-        yield Finding("error", "", what, advice)
-    elif absent:
-        what = f"Drawn in no case at all: {enumerated(absent)}."
-        yield Finding("warning", "", what, "Nothing can be learned about them from this folder.")
 
 
 def _check_directions(

@@ -191,11 +191,23 @@ def _measure(bench: Bench, plan: AdaptationPlan) -> DryRun:
     training = SuffixTraining(adapted, model.loss)
     slices = _noise(kept, bench.batch_size)
     features = PrefixCache(bench.scratch / "features", FEATURES_MIB)
-    _, *steps = (
-        training.run(slices, 1, len(slices), learning_rate=1e-3, seed=0, cache=features).seconds
-        for _ in range(1 + _STEPS)
-    )
+    try:
+        _, *steps = (
+            training.run(slices, 1, len(slices), learning_rate=1e-3, seed=0, cache=features).seconds
+            for _ in range(1 + _STEPS)
+        )
+    except Exception as error:
+        if not _out_of_memory(error):
+            raise
+        msg = f"the memory of {device.name} does not suffice for a step of {len(slices)} slices"
+        raise RunError(msg) from None
     return DryRun(min(steps), _peak_mib(), start, len(kept), device.name)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Return whether a backend says that a device has no memory left; each has its own error."""
+    words = f"{type(error).__name__} {error}".lower().replace("_", "").replace(" ", "")
+    return any(word in words for word in ("resourceexhausted", "outofmemory"))
 
 
 def _noise(like: PreparedSlices, count: int) -> PreparedSlices:

@@ -20,6 +20,7 @@ from dafne_federated.core.fine_tuning_settings import FineTuningSettings
 from dafne_federated.core.model_runtime import RunningModel
 from dafne_federated.core.network_layers import describe_layers
 from dafne_federated.core.new_run import make_plan
+from dafne_federated.core.partial_labels import marginal_loss
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.prefix_cache import PrefixCache
 from dafne_federated.core.slices import PreparedSlices, concatenate
@@ -43,12 +44,14 @@ class FineTuning:
         plan: The whole plan.
         stages: Its stages.
         settings: How it trains.
+        missing: Channels of labels that the data does not know; see ``core/partial_labels.py``.
     """
 
     model: RunningModel
     plan: AdaptationPlan
     stages: tuple[Stage, ...]
     settings: FineTuningSettings
+    missing: tuple[int, ...] = ()
 
     @property
     def start(self) -> State:
@@ -159,7 +162,8 @@ def _with_statistics(
         assert model.loss is not None  # slices were prepared, so the loss was captured
         adapted.write(tuning.start)
         suffix = SuffixTraining(adapted, model.loss, tuning.settings.precision)
-        before = AdapterTraining.dice(*suffix.on(validation.without_weights()))
+        measured, unseen = suffix.on(validation.without_weights())
+        before = measured.dice(unseen, tuning.missing)
     start = recalibrate(adapted, model.file.weights, tuning.start, training)
     adapted.write(tuning.start)  # the network holds the base again, for what is attached next
     return replace(progress, base_dice=before, state=start, best=start)
@@ -188,6 +192,7 @@ def _train_stage(
     adapted = AdaptedNetwork(tuning.model.network, stage.plan)
     loss = tuning.model.loss
     assert loss is not None  # slices were prepared, so the loss was captured
+    loss = marginal_loss(loss, len(tuning.plan.labels) + 1, tuning.missing)
     own = _own(stage, progress.lines)
     if not own:
         progress = replace(progress, state=progress.best)
@@ -206,7 +211,7 @@ def _train_stage(
     else:
         training.set_optimiser(progress.optimiser)
     if progress.base_dice is None and others:
-        progress = replace(progress, base_dice=training.dice(unseen))
+        progress = replace(progress, base_dice=training.dice(unseen, tuning.missing))
     settings = tuning.settings
     while not _ended(stage, progress.lines, settings.patience):
         begun = time.monotonic()
@@ -215,7 +220,7 @@ def _train_stage(
         order = (settings.seed, epoch)
         value = training.epoch(to_train, settings.batch_size, rate, order)
         _check(value, epoch)
-        dice = training.dice(unseen) if others else None
+        dice = training.dice(unseen, tuning.missing) if others else None
         best = dice is None or dice > _best_dice(progress)
         line = EpochLine(
             epoch=epoch,

@@ -110,6 +110,27 @@ def plan_targets(
     return tuple(everything[key] for key in sorted(everything))
 
 
+def output_keys(
+    layers: Iterable[Layer], targets: Iterable[Target], channels: int
+) -> tuple[str, ...]:
+    """Return the keys of targets that hold one column for each output channel.
+
+    Args:
+        layers: The network, in the order of its weights.
+        targets: What is trained.
+        channels: Output channels, background included.
+
+    Returns:
+        Kernel and bias of the output layer, as far as they are trained whole; none where that
+        layer has other channels or does not hold them on the last axis.
+    """
+    _, head = split_head(layers)
+    own = {key for key, shape in head.weights.values() if shape[-1:] == (channels,)}
+    if head.kind not in ("conv", "dense") or len(own) < len(head.weights):
+        return ()
+    return tuple(target.key for target in targets if target.key in own and target.kind == "delta")
+
+
 def frozen_share(layers: Iterable[Layer], targets: Iterable[Target]) -> float | None:
     """Return the share of a forward pass that lies before the first trained layer, 0 to 1.
 

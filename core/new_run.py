@@ -5,7 +5,7 @@ import uuid
 from pathlib import Path
 
 from dafne_federated.core.batch_statistics import statistic_targets
-from dafne_federated.core.methods import Choices, plan_targets
+from dafne_federated.core.methods import Choices, output_keys, plan_targets
 from dafne_federated.core.model_file import ModelFile
 from dafne_federated.core.model_runtime import RunningModel
 from dafne_federated.core.network_layers import describe_layers
@@ -40,6 +40,7 @@ def make_plan(model: RunningModel, settings: RunSettings) -> AdaptationPlan:
         scale=settings.scale,
         labels=model.labels,
         targets=targets,
+        output=output_keys(layers, targets, len(model.labels) + 1),
     )
 
 

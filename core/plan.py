@@ -145,6 +145,9 @@ class AdaptationPlan(BaseModel):
         scale: The update of a kernel is ``scale * a @ b``, whatever the rank.
         labels: Label names by output channel, channel 1 first; channel 0 is background.
         targets: What changes, in the order of the weight keys.
+        output: Weight keys of the output layer, where its last axis is the output channels: what
+            belongs to one label alone. Empty in plans from before this was known, and where the
+            output layer is of another form.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -156,6 +159,20 @@ class AdaptationPlan(BaseModel):
     scale: float = Field(gt=0, le=100)
     labels: tuple[Annotated[str, Field(max_length=200)], ...] = Field(min_length=1, max_length=255)
     targets: tuple[Target, ...] = Field(min_length=1, max_length=9999)
+    output: tuple[WeightKey, ...] = Field(default=(), max_length=10)
+
+    @model_validator(mode="after")
+    def _output_has_a_column_for_each_channel(self) -> Self:
+        channels = len(self.labels) + 1
+        for target in self.targets:
+            whole = target.kind == "delta" and target.shape[-1:] == (channels,)
+            if target.key in self.output and not whole:
+                msg = (
+                    f"output: expected whole arrays with {channels} channels last, got "
+                    f"{target.kind} of shape {target.shape} for {target.key}"
+                )
+                raise ValueError(msg)
+        return self
 
     @model_validator(mode="after")
     def _statistics_come_in_pairs(self) -> Self:
@@ -186,8 +203,10 @@ class AdaptationPlan(BaseModel):
         return sha256(self.to_json().encode())
 
     def to_json(self) -> str:
-        """Return the canonical JSON text: sorted keys, no spaces."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """Return the canonical JSON text: sorted keys, no spaces, no ``output`` that is empty."""
+        left_out = set() if self.output else {"output"}  # older plans keep their digest
+        content = self.model_dump(mode="json", exclude=left_out)
+        return json.dumps(content, sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Self:

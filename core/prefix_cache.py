@@ -8,7 +8,6 @@ of the operating system, so they may be larger than memory.
 import contextlib
 import json
 import logging
-import math
 import mmap
 import os
 import shutil
@@ -29,10 +28,10 @@ from dafne_federated.core.suffix_network import SuffixNetwork
 log = logging.getLogger(__name__)
 
 # Raise when the way features are computed or stored changes, so that old files are not used.
-_VERSION = 2
+_VERSION = 3
 _MIB = 2**20
-# The most slices that the prefix computes at once.
-_TOGETHER = 4
+# How many slices the prefix computes at once.
+_TOGETHER = (4, 5, 3)
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,8 @@ class PrefixCache:
                     header = {"descr": "<f4", "fortran_order": False, "shape": (count, *shape)}
                     np.lib.format.write_array_header_1_0(files[-1], header)
                 # All batches have one size; the last slice fills the last one up.
-                together = math.ceil(count / math.ceil(count / _TOGETHER))
+                sizes = [min(size, count) for size in _TOGETHER]
+                together = min(sizes, key=lambda size: -count % size)
                 for start in range(0, count, together):
                     chosen = np.minimum(np.arange(start, start + together), count - 1)
                     made = network.features(slices.batch(chosen)[0])

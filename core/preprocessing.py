@@ -33,6 +33,7 @@ _SLICE_LOOPS = (
     "common_input_process_single",
     "common_input_process_split",
 )
+_THREADS_PER_WORKER = 4
 _turn = threading.Lock()
 _holder: list[int] = []  # the thread whose turn it is
 
@@ -50,8 +51,8 @@ def fast_preprocessing(
 
     Args:
         cache: where N4 corrections are looked up and kept; None computes each of them.
-        workers: how many slices of a training set are prepared at the same time; None for as
-            many as there are processor cores. The bits do not depend on it.
+        workers: how many processor cores prepare the slices of a training set; None for all.
+            The bits do not depend on it.
 
     Raises:
         RunError: SimpleITK is missing, or this thread is in such a block already.
@@ -184,7 +185,9 @@ def _slice_by_slice(process: ProcessFunction, workers: int) -> ProcessFunction:
         count = len(bound.arguments["trainingData"]["image_list"])
         if count < 2:
             return process(*args, **kwargs)
-        with ThreadPoolExecutor(min(workers, count)) as pool:
+        # More threads than cores share the last slices between all cores; which slice is when
+        # does not matter to its bits.
+        with ThreadPoolExecutor(min(_THREADS_PER_WORKER * workers, count)) as pool:
             parts = list(pool.map(partial(one, bound.arguments), range(count)))
         return [image for images, _ in parts for image in images], [
             mask for _, masks in parts for mask in masks

@@ -37,13 +37,11 @@ class PrivateTraining:
     """Private training of one adapted network; what was compiled is kept.
 
     Args:
-        training: Where the network, or its suffix, comes from.
-        loss: The loss of the base's own training function.
+        training: Where the network, or its suffix, and the loss come from.
     """
 
-    def __init__(self, training: SuffixTraining, loss: Loss) -> None:
+    def __init__(self, training: SuffixTraining) -> None:
         self.training = training
-        self._loss = loss
         self._steps: PersonSteps | None = None
 
     def run(
@@ -75,7 +73,7 @@ class PrivateTraining:
         begun = time.monotonic()
         network, batches = self.training.network(slices, cache)
         if self._steps is None or self._steps.network is not network:
-            self._steps = PersonSteps(network, self._loss)
+            self._steps = PersonSteps(network, self.training.loss)
         draws, noise = generators(seed)
         owned = slices_by_person(persons)
         steps = mechanism.steps(epochs)

@@ -66,8 +66,10 @@ class SiteRound(BaseModel):
     """What one site did in one round.
 
     Attributes:
-        status: ``ok``, ``refused``, ``failed``, or ``silent`` until the deadline.
+        status: ``ok``, ``refused``, ``failed``, ``silent`` until the round closed, or ``late``
+            where its update of the round before was used.
         reason: In words, where it is not ok.
+        asked: Whether it was asked for an update in a round of training; else it only measured.
         training_cases: Its weight.
         training_slices: Slices trained on; None where the site does not say.
         loss: Loss of the last epoch, on the base's own scale; None where the site does not say.
@@ -83,12 +85,14 @@ class SiteRound(BaseModel):
         epsilon: What the run cost each of its persons so far, where they are hidden.
         delta: Of that epsilon.
         steps: Noisy steps of this round.
+        lacks: Labels that nobody annotated there.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    status: Literal["ok", "refused", "failed", "silent"]
+    status: Literal["ok", "late", "refused", "failed", "silent"]
     reason: str = ""
+    asked: bool = True
     training_cases: int = 0
     training_slices: int | None = None
     loss: float | None = None
@@ -104,6 +108,7 @@ class SiteRound(BaseModel):
     epsilon: float | None = None
     delta: float | None = None
     steps: int | None = None
+    lacks: tuple[str, ...] = ()
 
 
 class RoundLine(BaseModel):
@@ -124,6 +129,8 @@ class RoundLine(BaseModel):
         seconds: Wall time of the round at the server.
         whole: Whether every site received the state whole. Else sites of smaller rank measured
             their own cut of it, and it is not released.
+        attempts: How often the sites were asked until there were enough usable updates.
+        aggregation_seconds: Wall time of combining; 0 without training.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -135,6 +142,8 @@ class RoundLine(BaseModel):
     state_digest: str
     seconds: float
     whole: bool = True
+    attempts: int = 1
+    aggregation_seconds: float = 0.0
 
 
 class RunResult(BaseModel):
@@ -245,10 +254,10 @@ class RunFolder:
         write_atomic(self.path / "rounds.jsonl", text.encode())
         shutil.rmtree(self.path / "updates", ignore_errors=True)
 
-    def keep_update(self, site: str, arrays: Mapping[str, npt.NDArray[np.float32]]) -> StoredState:
-        """Put a site's update of the running round on disk and return it from there."""
+    def keep_update(self, name: str, arrays: Mapping[str, npt.NDArray[np.float32]]) -> StoredState:
+        """Put an update on disk until the running round ends, and return it from there."""
         folder = private_folder(self.path / "updates")
-        return keep_arrays(folder / f"{sha256(site.encode())[:32]}.npz", arrays)
+        return keep_arrays(folder / f"{sha256(name.encode())[:32]}.npz", arrays)
 
     def state_after(self, number: int) -> State:
         """Return the state after round ``number``.

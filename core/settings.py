@@ -19,7 +19,14 @@ from dafne_federated.core.errors import AdapterError, SettingsError
 from dafne_federated.core.methods import method_parts
 from dafne_federated.core.plan import LAYER_CHOICES, WireType
 from dafne_federated.core.privacy_accountant import LEAST_NOISE, Mechanism
-from dafne_federated.core.strategy_table import check_combination, check_privacy
+from dafne_federated.core.strategy_table import (
+    STRATEGY_TABLE,
+    OptimiserChoice,
+    check_combination,
+    check_late,
+    check_optimisation,
+    check_privacy,
+)
 
 
 class RunSettings(BaseModel):
@@ -36,7 +43,7 @@ class RunSettings(BaseModel):
         method: What is trained: a name of the table of methods, or several joined by ``+``.
         layers: Which kernels get a low-rank pair, with method ``lora``.
         last: Layers that method ``last-k`` trains.
-        rank: Rank of the pairs.
+        rank: Rank of the pairs; with ``product`` also of the state where sites have their own.
         max_rank: Largest rank accepted from a site.
         scale: The update of a kernel is scale * a @ b.
         wire: How states travel; ``float16`` halves the bytes. The state of each round then has
@@ -52,9 +59,26 @@ class RunSettings(BaseModel):
         clip: With ``person``: largest norm of what one person adds to a step.
         person_rate: With ``person``: probability with which a person takes part in a step, with
             at most ``batch_size`` slices; an epoch then has 1 / person_rate steps.
+        optimiser: Whether the sites start each round with a ``fresh`` optimiser, or with what
+            theirs knew after their last one (``kept``), which never leaves them.
+        proximal: How strongly a site holds to the state that it received; see
+            ``core/proximal.py``.
+        server_optimiser: What the server makes of the change of a round: ``none`` takes it,
+            ``momentum`` and ``adam`` remember earlier ones; see ``server/server_optimiser.py``.
+        server_rate: How much of its step it takes; by default 1 with ``momentum``, 0.01 with
+            ``adam``, whose steps are that large in each value.
+        server_momentum: How much of what it remembers stays from round to round.
+        local_rank: With strategy ``global+local``, rank of the pairs that stay at each site.
         seed: All randomness follows from it, the site's name and the round.
-        min_sites: A round counts with at least so many sites.
-        deadline: Longest wait for a round's answers, in seconds.
+        min_sites: A round counts with at least so many usable updates; see ``server/quorum.py``.
+        sites_per_round: So many sites, drawn anew, train in a round and the others only measure;
+            0 for all. See ``server/sampling.py``.
+        deadline: A round closes so many seconds after it was sent, or when all have answered.
+        grace: So many seconds longer it waits if it has too few usable updates by then.
+        retries: So many times a round is asked again of the sites that gave no answer, if it
+            still has too few.
+        late: What becomes of an update that arrives after its round has closed: ``drop``, or
+            ``use`` in the next round; see ``server/late_answers.py``.
         wait: Longest wait for the first ``min_sites`` sites, in seconds.
         threads: CPU threads of one operation, 0 for all cores.
         device: ``auto``, ``cpu`` or ``gpu``.
@@ -96,9 +120,19 @@ class RunSettings(BaseModel):
     noise: float = Field(default=2.0, ge=LEAST_NOISE, le=1000)
     clip: float = Field(default=0.1, gt=0, le=1e6)
     person_rate: float = Field(default=0.5, ge=0.001, le=1)
+    optimiser: OptimiserChoice = "fresh"
+    proximal: float = Field(default=0.0, ge=0, le=1e6)
+    server_optimiser: Literal["none", "momentum", "adam"] = "none"
+    server_rate: float | None = Field(default=None, gt=0, le=100)
+    server_momentum: float = Field(default=0.9, ge=0, lt=1)
+    local_rank: int = Field(default=2, ge=1, le=256)
     seed: int = Field(default=1, ge=0, le=2**31 - 1)
     min_sites: int = Field(default=2, ge=1)
+    sites_per_round: int = Field(default=0, ge=0)
     deadline: float = Field(default=3600.0, gt=0)
+    grace: float = Field(default=0.0, ge=0)
+    retries: int = Field(default=1, ge=0, le=100)
+    late: Literal["drop", "use"] = "drop"
     wait: float = Field(default=300.0, gt=0)
     threads: int = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "gpu"] = "auto"
@@ -138,8 +172,16 @@ class RunSettings(BaseModel):
         pairs = "lora" in method_parts(self.method)
         try:
             check_combination(self.strategy, self.robust, self.bad_sites, self.min_sites, pairs)
+            check_optimisation(self.strategy, self.server_optimiser, self.proximal)
         except SettingsError as error:
             raise ValueError(str(error)) from None
+        whole = self.rank + self.local_rank
+        if STRATEGY_TABLE[self.strategy].local and whole > self.max_rank:
+            msg = (
+                f"strategy {self.strategy!r} trains at rank {self.rank} and local-rank "
+                f"{self.local_rank} together; raise max-rank to {whole}, or take smaller ones"
+            )
+            raise ValueError(msg)
         if self.robust != "none" and "pooled" in (self.statistics, self.class_weights):
             msg = (
                 f"robust {self.robust!r} does not cover what sites pool; take statistics 'base' "
@@ -160,7 +202,21 @@ class RunSettings(BaseModel):
                     raise ValueError(msg)
             return self
         try:
-            check_privacy(self.statistics, self.class_weights)
+            check_privacy(self.statistics, self.class_weights, self.optimiser, self.proximal)
+        except SettingsError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_can_close(self) -> Self:
+        if 0 < self.sites_per_round < self.min_sites:
+            msg = (
+                f"sites-per-round: expected 0 for all, or at least min-sites {self.min_sites}, "
+                f"got {self.sites_per_round}"
+            )
+            raise ValueError(msg)
+        try:
+            check_late(self.strategy, self.late)
         except SettingsError as error:
             raise ValueError(str(error)) from None
         return self
@@ -171,6 +227,11 @@ class RunSettings(BaseModel):
         if self.privacy == "none":
             return None
         return Mechanism(self.noise, self.clip, self.person_rate)
+
+    @property
+    def server_rate_used(self) -> float:
+        """How much of its step a server optimiser takes."""
+        return self.server_rate or {"adam": 0.01}.get(self.server_optimiser, 1.0)
 
     def learning_rate_in(self, number: int) -> float:
         """Return the learning rate of round ``number``, 1 first.

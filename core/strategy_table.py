@@ -8,26 +8,33 @@ started again, needs nothing from before.
 
 What combines, as ``check_combination`` and ``server/membership.py`` enforce it:
 
-| strategy    | low-rank pairs | own ranks of sites | robust 'clipped' | release | noisy factors |
-|-------------|----------------|--------------------|------------------|---------|---------------|
-| fedavg      | never          | no                 | yes              | yes     | none          |
-| factors     | maybe          | no                 | yes              | yes     | both          |
-| frozen-a    | always         | no                 | yes              | yes     | one           |
-| alternating | always         | no                 | no               | yes     | one           |
-| product     | maybe          | yes                | yes              | yes     | both          |
-| stack       | always         | yes                | yes              | yes     | both          |
-| shared-a    | always         | no                 | no               | no      | both          |
+| strategy     | pairs  | own ranks | proximal | server optimiser | late 'use' | release | noisy |
+|--------------|--------|-----------|----------|------------------|------------|---------|-------|
+| fedavg       | never  | no        | yes      | yes              | yes        | yes     | none  |
+| factors      | maybe  | no        | yes      | no               | yes        | yes     | both  |
+| frozen-a     | always | no        | yes      | yes              | yes        | yes     | one   |
+| alternating  | always | no        | yes      | yes              | no         | yes     | one   |
+| product      | maybe  | yes       | yes      | no               | yes        | yes     | both  |
+| stack        | always | yes       | yes      | no               | yes        | yes     | both  |
+| shared-a     | always | no        | no       | no               | yes        | no      | both  |
+| global+local | always | yes       | no       | no               | yes        | yes     | both  |
 
 Low-rank pairs come from method 'lora', alone or with others; every other method changes whole
-arrays. The other robust rules choose or weigh updates and go with every strategy. Ranks of
-their own need products to be averaged; a factor that stands still must be the same everywhere.
+arrays. Robust rules choose or weigh updates and go with every strategy. Ranks of their own need
+products to be averaged; a factor that stands still must be the same everywhere, and with
+``alternating`` it is another one in the round before. A proximal term holds sites to a state that
+all of them have. A server optimiser remembers the changes of the rounds before, which is only
+right where a change is a plain sum of arrays that mean the same in each round: ``fedavg``,
+``frozen-a``, and ``alternating`` for each factor by itself. A cut turns the basis of pairs, and
+the mean of both factors is no sum of what the sites changed.
 
 With privacy 'person' each site adds the noise before anything leaves it, so what the server
 makes of it costs nothing more and every strategy and robust rule holds. The last column says in
 how many factors of a pair there is noise in one round: noise in both multiplies, so 'frozen-a'
-keeps most of the accuracy, 'alternating' comes next (https://arxiv.org/abs/2403.12313). A
-factor that stays at its site ('shared-a') is clipped and gets noise together with the one that
-leaves. Refused are pooled statistics and pooled class weights: they leave without noise.
+keeps most of the accuracy, 'alternating' comes next (https://arxiv.org/abs/2403.12313). Factors
+that stay at their site ('shared-a', 'global+local') are clipped and get noise together with what
+leaves. Refused are pooled statistics and pooled class weights, which leave without noise, and
+kept optimisers and a proximal term, for private steps have neither.
 """
 
 from dataclasses import dataclass
@@ -36,6 +43,7 @@ from typing import Literal
 from dafne_federated.core.errors import SettingsError
 
 Factors = Literal["both", "a", "b"]
+OptimiserChoice = Literal["fresh", "kept"]  # of a site, from round to round
 
 
 @dataclass(frozen=True)
@@ -78,8 +86,13 @@ class StrategyRules:
         pairs: Whether the plan may have low-rank pairs: ``never``, ``maybe`` or ``always``.
         ranks: Whether each site may have a rank of its own.
         grows: Whether sites without a rank of their own get the state at whatever rank it has.
-        clipped: Whether updates may be clipped, which scales ``b`` and so needs it to be free.
+        sums: Whether the change of a round is a plain sum of arrays, so that a server optimiser
+            may remember it.
+        proximal: Whether all that a site trains starts from a common state, so that a proximal
+            term may hold it there.
+        local: Whether each site adds low-rank pairs of its own, which stay there.
         common: Whether there is a model for everybody that can be released.
+        late: Whether an update of the round before may be combined with those of a round.
     """
 
     does: str
@@ -88,8 +101,11 @@ class StrategyRules:
     pairs: Literal["never", "maybe", "always"] = "maybe"
     ranks: bool = False
     grows: bool = False
-    clipped: bool = True
+    sums: bool = False
+    proximal: bool = True
+    local: bool = False
     common: bool = True
+    late: bool = True
 
     @property
     def noisy(self) -> Literal["none", "one", "both"]:
@@ -103,17 +119,22 @@ _ONLY_A, _ONLY_B = RoundRule("a", "a"), RoundRule("b", "b")
 _A_IS_SHARED = RoundRule("both", "a")
 
 STRATEGY_TABLE: dict[str, StrategyRules] = {
-    "fedavg": StrategyRules("the mean of whole arrays", pairs="never"),
+    "fedavg": StrategyRules("the mean of whole arrays", pairs="never", sums=True),
     "factors": StrategyRules("the mean of each factor, which is not that of the products"),
     "frozen-a": StrategyRules(
-        "the mean of b; a is random, common and never trained", _ONLY_B, _ONLY_B, pairs="always"
+        "the mean of b; a is random, common and never trained",
+        _ONLY_B,
+        _ONLY_B,
+        pairs="always",
+        sums=True,
     ),
     "alternating": StrategyRules(
         "the mean of b in odd rounds, of a in even ones",
         _ONLY_B,
         _ONLY_A,
         pairs="always",
-        clipped=False,
+        sums=True,
+        late=False,
     ),
     "product": StrategyRules("the mean of the products, cut to the rank", ranks=True),
     "stack": StrategyRules(
@@ -127,18 +148,29 @@ STRATEGY_TABLE: dict[str, StrategyRules] = {
         _A_IS_SHARED,
         _A_IS_SHARED,
         pairs="always",
-        clipped=False,
+        proximal=False,
         common=False,
+    ),
+    "global+local": StrategyRules(
+        "the mean of the products of a global part; each site adds a local one that stays there",
+        pairs="always",
+        ranks=True,
+        proximal=False,
+        local=True,
     ),
 }
 
 ROBUST_TABLE: dict[str, str] = {
     "none": "every accepted update counts by its cases, none for more than half",
-    "clipped": "no update moves the base more than the median one",
+    "clipped": "no update changes more in a round than the median one",
     "krum": "only the update nearest to its neighbours counts",
     "multi-krum": "the bad-sites updates farthest from their neighbours are left out",
     "geometric-median": "updates count less the farther they are from the middle",
 }
+
+
+# Rules that bear a number of bad sites, and need as many good ones for that.
+BOUNDED_RULES = ("krum", "multi-krum", "geometric-median")
 
 
 def round_rule(strategy: str, number: int) -> RoundRule:
@@ -162,6 +194,56 @@ def least_sites(robust: str, bad_sites: int) -> int:
         case "clipped":
             return 2
     return 1
+
+
+def bad_left(robust: str, bad_sites: int, updates: int, refused: int) -> int | None:
+    """Return how many bad ones a robust rule reckons with among the updates of a round.
+
+    ``bad_sites`` counts every site whose update is bad, for whatever reason. One whose update the
+    gate refused was one of them, and is gone: among the others there is one less. A site that
+    gave no answer may be a good one, so it lowers nothing. The rule bears as many of the bad ones
+    as the updates allow, and never fewer than may be left.
+
+    Args:
+        robust: A name of the table.
+        bad_sites: Bad sites that it shall bear.
+        updates: Usable updates.
+        refused: Updates that the gate refused.
+
+    Returns:
+        The number, or None if the updates are too few to bear what may be left.
+    """
+    fewest = max(bad_sites - refused, 0)
+    for left in range(bad_sites, fewest - 1, -1):
+        if updates >= least_sites(robust, left):
+            return left
+    return None
+
+
+def updates_suffice(
+    robust: str, bad_sites: int, min_sites: int, updates: int, refused: int
+) -> bool:
+    """Return whether a round may close; see ``bad_left`` for the arguments.
+
+    Bad sites are among the ``min_sites`` that a rule with a bound on them needs, so a refused one
+    counts there. With the other rules it counts nowhere.
+    """
+    counted = updates + (min(refused, bad_sites) if robust in BOUNDED_RULES else 0)
+    return counted >= min_sites and bad_left(robust, bad_sites, updates, refused) is not None
+
+
+def check_late(strategy: str, late: str) -> None:
+    """Refuse to use late updates where those of two rounds cannot be combined.
+
+    Raises:
+        SettingsError: In words, why not and what to take.
+    """
+    if late == "use" and not STRATEGY_TABLE[strategy].late:
+        msg = (
+            f"strategy {strategy!r} moves another factor in each round, so a late update does not "
+            "fit the next one; take late 'drop', or strategy 'frozen-a'"
+        )
+        raise SettingsError(msg)
 
 
 def check_combination(
@@ -199,12 +281,6 @@ def check_combination(
             "take strategy 'fedavg', or method 'lora'"
         )
         raise SettingsError(msg)
-    if robust == "clipped" and not rules.clipped:
-        msg = (
-            f"robust 'clipped' scales b, which strategy {strategy!r} does not let it; "
-            "take robust 'geometric-median', or strategy 'product'"
-        )
-        raise SettingsError(msg)
     if min_sites < (least := least_sites(robust, bad_sites)):
         msg = (
             f"robust {robust!r} needs {least} updates to bear {bad_sites} bad ones, and rounds of "
@@ -213,12 +289,16 @@ def check_combination(
         raise SettingsError(msg)
 
 
-def check_privacy(statistics: str, class_weights: str) -> None:
-    """Refuse what carries something of a person past the noise that hides persons.
+def check_privacy(
+    statistics: str, class_weights: str, optimiser: OptimiserChoice, proximal: float
+) -> None:
+    """Refuse what does not go with the noise that hides persons, and name the way out.
 
     Args:
         statistics: That setting of the run.
         class_weights: That setting of the run.
+        optimiser: That of the sites.
+        proximal: That setting of the run.
 
     Raises:
         SettingsError: In words, and what to take.
@@ -227,5 +307,33 @@ def check_privacy(statistics: str, class_weights: str) -> None:
         msg = (
             "privacy 'person' does not cover what sites pool over all their persons; take "
             "statistics 'base' and class-weights 'case', or privacy 'none'"
+        )
+        raise SettingsError(msg)
+    if optimiser != "fresh" or proximal:
+        msg = (
+            "private steps start with a fresh optimiser and have no proximal term; take "
+            "optimiser 'fresh' and proximal 0, or privacy 'none'"
+        )
+        raise SettingsError(msg)
+
+
+def check_optimisation(strategy: str, server_optimiser: str, proximal: float) -> None:
+    """Refuse optimisers and terms that a strategy does not allow, and name the way out.
+
+    Raises:
+        SettingsError: In words, what does not go together and what to take.
+    """
+    rules = STRATEGY_TABLE[strategy]
+    if server_optimiser != "none" and not rules.sums:
+        msg = (
+            f"server-optimiser {server_optimiser!r} needs changes that are plain sums of arrays, "
+            f"and those of strategy {strategy!r} are not; take server-optimiser 'none', or "
+            "strategy 'frozen-a', or 'fedavg' with a method without 'lora'"
+        )
+        raise SettingsError(msg)
+    if proximal and not rules.proximal:
+        msg = (
+            f"proximal holds sites to a state that all of them have, and with strategy "
+            f"{strategy!r} a part of it is each site's own; take proximal 0, or strategy 'product'"
         )
         raise SettingsError(msg)

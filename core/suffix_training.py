@@ -31,13 +31,19 @@ class SuffixTraining:
         adapted: The network with its plan.
         loss: The loss of the base's own training function.
         precision: See ``SuffixNetwork``; a network that has no suffix trains in float32.
+        proximal: See ``AdapterTraining``.
     """
 
     def __init__(
-        self, adapted: AdaptedNetwork, loss: Loss, precision: Precision = "float32"
+        self,
+        adapted: AdaptedNetwork,
+        loss: Loss,
+        precision: Precision = "float32",
+        proximal: float = 0.0,
     ) -> None:
         self.adapted = adapted
-        self._loss = loss
+        self.loss = loss
+        self._proximal = proximal
         self._precision = precision
         self._suffix: SuffixNetwork | None = None
         self._networks: dict[bool, Trainable] = {}
@@ -45,6 +51,11 @@ class SuffixTraining:
         layers = describe_layers(adapted.network)
         self._worth_keeping = worth_keeping(frozen_share(layers, adapted.plan.targets))
         self._cut_off()
+
+    @property
+    def apart(self) -> bool:
+        """Whether what is compiled is beside the adapted network, and not the network itself."""
+        return self._suffix is not None
 
     def run(
         self,
@@ -85,7 +96,7 @@ class SuffixTraining:
         network, batches = self.network(slices, cache)
         cached = batches is not slices
         if cached not in self._compiled:
-            self._compiled[cached] = AdapterTraining(network, self._loss)
+            self._compiled[cached] = AdapterTraining(network, self.loss, self._proximal)
         return self._compiled[cached], batches
 
     def network(

@@ -1,7 +1,7 @@
 """Local training: epochs over prepared slices, for adapters and for whole networks."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,7 +11,9 @@ import numpy.typing as npt
 
 from dafne_federated.core.errors import StateError
 from dafne_federated.core.loss_parts import Loss, loss_in_parts
+from dafne_federated.core.optimiser_state import AdamState
 from dafne_federated.core.plan import AdaptationPlan
+from dafne_federated.core.proximal import ProximalAdam
 from dafne_federated.core.slices import PreparedSlices
 
 OnEpoch = Callable[[int, float], None]
@@ -86,12 +88,15 @@ class AdapterTraining:
     Args:
         adapted: The network with its plan, or its suffix.
         loss: The loss of the base's own training function.
+        proximal: How strongly ``run`` holds to the state that it starts from; see
+            ``core/proximal.py``. The loss that is reported is without this term.
     """
 
-    def __init__(self, adapted: Trainable, loss: Loss) -> None:
+    def __init__(self, adapted: Trainable, loss: Loss, proximal: float = 0.0) -> None:
         self._trained = adapted.trained
         loss = loss_in_parts(loss, len(adapted.plan.labels) + 1)
-        self._trained.compile(optimizer=keras.optimizers.Adam(), loss=loss)
+        adam = ProximalAdam(proximal) if proximal else keras.optimizers.Adam()
+        self._trained.compile(optimizer=adam, loss=loss)
         self._trained.optimizer.build(self._trained.trainable_variables)
         self._start = [np.array(v.numpy()) for v in self._trained.optimizer.variables]
 
@@ -103,8 +108,9 @@ class AdapterTraining:
         learning_rate: float,
         seed: int,
         on_epoch: OnEpoch | None = None,
+        adam: AdamState | None = None,
     ) -> TrainingResult:
-        """Train from the state that is written in the network, with a fresh optimiser.
+        """Train from the state that is written in the network.
 
         Args:
             slices: Training slices.
@@ -113,8 +119,16 @@ class AdapterTraining:
             learning_rate: Of Adam.
             seed: Order of the slices; the same seed gives the same bits.
             on_epoch: Called with the epoch, 1 first, and its loss.
+            adam: What the optimiser knows at the start; by default it is a fresh one.
+
+        Raises:
+            StateError: ``adam`` is that of another plan.
         """
         self.restart()
+        if adam:
+            self._set_adam(adam)
+        if isinstance(self._trained.optimizer, ProximalAdam):
+            self._trained.optimizer.hold(self._trained.trainable_variables)
         self._trained.optimizer.learning_rate.assign(learning_rate)
         generator = np.random.default_rng(seed)
         begun, losses, steps = time.monotonic(), [0.0], 0
@@ -147,6 +161,13 @@ class AdapterTraining:
             raise StateError(msg)
         self._assign([values[key] for key in sorted(values)])
 
+    def adam(self) -> AdamState:
+        """Return what Adam knows by state key, and the factors that it belongs to."""
+        changes = self._trained.changes
+        factors = {k: np.array(v.numpy()) for k, v in changes.items() if k[-2:] in ("/a", "/b")}
+        first, second = ({k: np.array(v.numpy()) for k, v in m.items()} for m in self._moments())
+        return AdamState(int(self._trained.optimizer.iterations.numpy()), first, second, factors)
+
     def epoch(
         self, slices: Batches, batch_size: int, learning_rate: float, order: Sequence[int]
     ) -> float:
@@ -162,9 +183,32 @@ class AdapterTraining:
         generator = np.random.default_rng(order)
         return float(np.mean(train_epoch(self._trained, slices, batch_size, generator)))
 
-    def dice(self, slices: Batches) -> float:
+    def dice(self, slices: Batches, missing: Collection[int] = ()) -> float:
         """Return the Dice of the current state; see ``slice_dice``."""
-        return slice_dice(self._trained.predict_on_batch, slices, batch_size=4)
+        return slice_dice(self._trained.predict_on_batch, slices, batch_size=4, missing=missing)
+
+    def _set_adam(self, adam: AdamState) -> None:
+        pairs = list(zip(self._moments(), (adam.first, adam.second), strict=True))
+        for variables, values in pairs:
+            expected = {key: tuple(v.shape) for key, v in variables.items()}
+            if {key: value.shape for key, value in values.items()} != expected:
+                msg = f"optimiser: expected moments of {len(expected)} arrays of this plan"
+                raise StateError(f"{msg}, got {len(values)} others")
+        for variables, values in pairs:
+            for key, variable in variables.items():
+                variable.assign(values[key])
+        self._trained.optimizer.iterations.assign(adam.steps)
+
+    def _moments(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the variables of Adam's first and second moments, by state key."""
+        known = {variable.name: variable for variable in self._trained.optimizer.variables}
+        trained = {k: v for k, v in self._trained.changes.items() if v.trainable}
+        first, second = (
+            # Keras names them so: add_variable_from_reference of its optimisers.
+            {k: known[f"{v.path.replace('/', '_')}_{name}"] for k, v in trained.items()}
+            for name in ("momentum", "velocity")
+        )
+        return first, second
 
     def _assign(self, values: Sequence[npt.NDArray[np.generic]]) -> None:
         for variable, value in zip(self._trained.optimizer.variables, values, strict=True):
@@ -257,13 +301,19 @@ def train_network(
     return Fit(best + 1, history[best][1], history, time.monotonic() - begun)
 
 
-def slice_dice(predict: Callable[[Any], Any], slices: Batches, batch_size: int = 8) -> float:
+def slice_dice(
+    predict: Callable[[Any], Any],
+    slices: Batches,
+    batch_size: int = 8,
+    missing: Collection[int] = (),
+) -> float:
     """Return the Dice over all pixels of all slices, mean over the labels that occur.
 
     Args:
         predict: Returns the network's output for the input of some slices.
         slices: Slices without a weight map, as in use.
         batch_size: Slices at once; the last few are filled up, so that all batches have one size.
+        missing: Channels of labels that nobody annotated, which count as background.
     """
     size = min(batch_size, len(slices))
     both: Any = 0
@@ -272,9 +322,10 @@ def slice_dice(predict: Callable[[Any], Any], slices: Batches, batch_size: int =
         chosen = np.minimum(np.arange(start, start + size), len(slices) - 1)
         inputs, targets = slices.batch(chosen)
         channels = targets.shape[-1]
+        merged = np.array([0 if c in missing else c for c in range(channels)])
         kept = slice(0, len(slices) - start)
         truth = targets[kept].argmax(axis=-1)
-        found = np.asarray(predict(inputs))[kept, ..., :channels].argmax(axis=-1)
+        found = merged[np.asarray(predict(inputs))[kept, ..., :channels].argmax(axis=-1)]
         both += np.bincount(truth[truth == found].ravel(), minlength=channels)
         sizes += np.bincount(truth.ravel(), minlength=channels)
         sizes += np.bincount(found.ravel(), minlength=channels)

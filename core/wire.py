@@ -17,7 +17,7 @@ from dafne_federated.core.class_weights import ClassCounts
 from dafne_federated.core.errors import MessageError
 from dafne_federated.core.plan import Sha256, WireType
 from dafne_federated.core.privacy_accountant import LEAST_NOISE, Mechanism
-from dafne_federated.core.strategy_table import Factors, RoundRule
+from dafne_federated.core.strategy_table import Factors, OptimiserChoice, RoundRule
 
 PROTOCOL = 1
 QUERY_OFFER = "query.offer"
@@ -157,6 +157,9 @@ class RoundRequest(WireMessage):
             there is none, and no clip and no rate.
         clip: Largest norm of what one person adds to a step.
         person_rate: Probability with which a person takes part in a step.
+        optimiser: Whether the site keeps its optimiser from round to round.
+        proximal: How strongly it holds to the state that comes along; see ``core/proximal.py``.
+        local_rank: Rank of what each site adds for itself; see ``core/local_part.py``.
     """
 
     protocol: Literal[1] = 1
@@ -173,6 +176,9 @@ class RoundRequest(WireMessage):
     sent: Factors = "both"
     class_pixels: Counts | None = None
     class_slices: Counts | None = None
+    optimiser: OptimiserChoice = "fresh"
+    proximal: float = Field(default=0.0, ge=0)
+    local_rank: int = Field(default=0, ge=0, le=256)
     noise: float | None = Field(default=None, ge=LEAST_NOISE, le=1000)
     clip: float | None = Field(default=None, gt=0, le=1e6)
     person_rate: float | None = Field(default=None, gt=0, le=1)
@@ -268,6 +274,8 @@ class RoundReply(WireMessage):
         epsilon: What this run cost each of them so far, an upper bound; see ``PRIVACY.md``.
         delta: Of that epsilon.
         steps: Noisy steps of this round.
+        missing: Output channels, 1 first, of the labels that nobody annotated at this site: they
+            were masked out of its loss. Not there if it annotated all.
     """
 
     metrics: ClassVar[frozenset[str]] = frozenset(
@@ -294,6 +302,7 @@ class RoundReply(WireMessage):
     epsilon: float | None = Field(default=None, ge=0)
     delta: float | None = Field(default=None, gt=0, lt=1)
     steps: int | None = Field(default=None, ge=1)
+    missing: list[Annotated[int, Field(ge=1, le=255)]] | None = Field(default=None, max_length=255)
 
 
 def plain(text: object) -> str:

@@ -24,11 +24,13 @@ class Answer:
         verdict: What became of it; the state of its update is on disk.
         bytes: Size of its records.
         norm: How far its update moves the base; 0 without one.
+        late: Whether its update is one of the round before; see ``late_answers.py``.
     """
 
     verdict: Verdict
     bytes: int = 0
     norm: float = 0.0
+    late: bool = False
 
 
 def receive(
@@ -61,8 +63,38 @@ def receive(
     norm = update_norm(plan, arrays)
     if not cut.whole:
         arrays = completed(dict(arrays), cut.rest)
-    update = replace(verdict.update, state=folder.keep_update(site, arrays))
+    kept = folder.keep_update(f"{request.round}/{site}", arrays)  # a late one may stand beside it
+    update = replace(verdict.update, state=kept)
     return Answer(replace(verdict, update=update), size, norm)
+
+
+def lacked(plan: AdaptationPlan, verdict: Verdict) -> tuple[str, ...]:
+    """Return the labels that a site says nobody annotated there, by name."""
+    missing = (verdict.reply.missing if verdict.reply else None) or ()
+    return tuple(plan.labels[channel - 1] for channel in missing)
+
+
+def with_same_labels(
+    answers: Mapping[str, Answer], plan: AdaptationPlan, lines: list[RoundLine]
+) -> dict[str, Answer]:
+    """Return the answers with those refused whose site lacked other labels before.
+
+    What a site annotated is one thing throughout a run; else its Dice and updates of different
+    rounds would be about different labels.
+
+    Args:
+        answers: By site.
+        plan: The plan of the run.
+        lines: The rounds before.
+    """
+    before = {name: s.lacks for line in lines for name, s in line.sites.items() if s.status == "ok"}
+    checked = dict(answers)
+    for site, answer in answers.items():
+        now = lacked(plan, answer.verdict)
+        if answer.verdict.status == "ok" and now != (then := before.get(site, now)):
+            reason = f"its labels: expected it to lack {list(then)} as before, got {list(now)}"
+            checked[site] = replace(answer, verdict=Verdict("refused", reason))
+    return checked
 
 
 def without_outliers(
@@ -85,7 +117,9 @@ def without_outliers(
     reasons = grown_too_fast(norms, before, ratio) | too_large(norms, ratio)
     return dict(answers) | {
         site: replace(
-            answers[site], verdict=Verdict("refused", reason, answers[site].verdict.reply)
+            answers[site],
+            verdict=Verdict("refused", reason, answers[site].verdict.reply),
+            late=False,
         )
         for site, reason in reasons.items()
     }

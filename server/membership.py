@@ -9,6 +9,7 @@ from flwr.serverapp import Grid
 from dafne_federated.core.errors import DafneFederatedError, RunError
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RunFolder, RunInfo
+from dafne_federated.core.settings import RunSettings
 from dafne_federated.core.strategy_table import STRATEGY_TABLE
 from dafne_federated.core.versions import software_version
 from dafne_federated.core.wire import (
@@ -94,7 +95,7 @@ def gather(grid: Grid, folder: RunFolder, info: RunInfo, plan: AdaptationPlan) -
             members.declined[number] = f"another site is called {name!r} already"
         elif reply.status not in ("have", "need"):
             members.declined[name] = reply.reason
-        elif reason := _wrong_rank(rank, plan, settings.strategy):
+        elif reason := _wrong_rank(rank, plan, settings):
             members.declined[name] = reason
         else:
             members.nodes[name] = node
@@ -116,13 +117,15 @@ def gather(grid: Grid, folder: RunFolder, info: RunInfo, plan: AdaptationPlan) -
     return members
 
 
-def _wrong_rank(rank: int | None, plan: AdaptationPlan, strategy: str) -> str:
+def _wrong_rank(rank: int | None, plan: AdaptationPlan, settings: RunSettings) -> str:
     """Return why a site cannot take part with the rank that it chose; empty if it can."""
     if rank is None or rank == plan.rank:
         return ""
-    if rank > plan.max_rank:
-        return f"it trains at rank {rank}, the plan allows at most {plan.max_rank}"
-    if not STRATEGY_TABLE[strategy].ranks:
+    strategy, rules = settings.strategy, STRATEGY_TABLE[settings.strategy]
+    largest = plan.max_rank - (settings.local_rank if rules.local else 0)
+    if rank > largest:
+        return f"it trains at rank {rank}, the plan allows at most {largest}"
+    if not rules.ranks:
         return (
             f"it trains at rank {rank}, and strategy {strategy!r} needs the plan's {plan.rank} "
             "everywhere; take strategy 'product'"

@@ -108,7 +108,7 @@ def provenance(
         for line in rounds
         if line.trained and line.round <= number
         for name, site in line.sites.items()
-        if site.status == "ok" and site.share > 0
+        if site.training_cases > 0 and site.share > 0
     }
     return {
         "run": info.run,
@@ -120,9 +120,13 @@ def provenance(
         "strategy": info.settings.strategy,
         "robust": info.settings.robust,
         "bad_sites": info.settings.bad_sites if info.settings.robust != "none" else 0,
+        "sites_per_round": info.settings.sites_per_round,
         "wire": info.settings.wire,
         "statistics": info.settings.statistics,
         "class_weights": info.settings.class_weights,
+        "optimiser": info.settings.optimiser,
+        "proximal": info.settings.proximal,
+        "server_optimiser": info.settings.server_optimiser,
         "rounds": number,
         "epochs_per_round": info.settings.epochs,
         "sites": len(cases),

@@ -42,7 +42,9 @@ from dafne_federated.server.exchange import Replies, exchange
 from dafne_federated.server.membership import Members
 from dafne_federated.strategies.statistics_gate import (
     Answer,
+    capped_counts,
     capped_moments,
+    far_counts,
     far_moments,
     judge_statistics,
     other_grids,
@@ -82,7 +84,7 @@ def pool_statistics(
     slices: tuple[int, ...] = ()
     if info.settings.class_weights == "pooled":
         answers = pool.ask("classes", 0, {})
-        counts = pool_counts([a.classes for a in answers if a.classes])
+        counts = pool_counts(capped_counts(answers))
         pixels, slices = counts.pixels, counts.slices
     found: list[PooledMoments] = []
     base = parse_model(folder.base_bytes()).weights if plan.normalisations else {}
@@ -173,7 +175,9 @@ class _Pool:
             if answers[site].status == "shared" and before not in (0, answers[site].slices):
                 reason = f"training slices: expected {before} as before, got {answers[site].slices}"
                 answers[site] = Answer("refused", reason)
-        for site, reason in (other_grids(answers) | far_moments(answers)).items():
+        odd = other_grids(answers)
+        kept = {site: answer for site, answer in answers.items() if site not in odd}
+        for site, reason in (odd | far_counts(kept) | far_moments(answers)).items():
             answers[site] = Answer("refused", reason)
         for site, answer in answers.items():
             self._note(site, answer)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dafne_federated.core.metrics import mean
-from dafne_federated.simulations.test_results import ARMS, TestRow
+from dafne_federated.simulations.test_results import EVERY_ARM, TestRow
 
 Person = tuple[str, str]  # site, person
 _Key = tuple[str, str, str, str]  # site, person, case, label
@@ -82,7 +82,7 @@ class Comparison:
     """All arms on the same persons.
 
     Attributes:
-        arms: The arms that were tested, in the order of ``ARMS``.
+        arms: The arms that were tested, in the order of ``EVERY_ARM``.
         labels: The labels that were tested, in the order of the plan.
         lines: By site, one line per label.
         site_lines: By site, the mean over its labels.
@@ -116,7 +116,7 @@ def compare(rows: Sequence[TestRow], labels: Sequence[str]) -> Comparison:
         rows: What was measured.
         labels: Label names in the order in which to show them; others follow by name.
     """
-    arms = tuple(arm for arm in ARMS if any(row.arm == arm for row in rows))
+    arms = tuple(arm for arm in EVERY_ARM if any(row.arm == arm for row in rows))
     names = {row.label for row in rows}
     ordered = (*(n for n in labels if n in names), *sorted(names - set(labels)))
     paired, unpaired = _paired(rows)
@@ -217,7 +217,7 @@ def _over_persons(values: Mapping[_Key, Sequence[float | None]]) -> float | None
 
 def _mean_line(site: str, lines: Sequence[Line], persons: int, distance_persons: int) -> Line:
     """Return the mean over lines, of the arms that all of them have."""
-    shared = [arm for arm in ARMS if lines and all(arm in line.means for line in lines)]
+    shared = [arm for arm in EVERY_ARM if lines and all(arm in line.means for line in lines)]
     means = {
         arm: ArmMeans(
             dice=mean([line.means[arm].dice for line in lines]),

@@ -28,6 +28,7 @@ _ARMS: Final[dict[str, tuple[str, str]]] = {  # colour and hatch
     "base": ("#ffffff", ""),
     "local only": ("#9fd3f2", "////"),
     "federated": ("#0072B2", ""),
+    "fine-tuned": ("#9fd3f2", "////"),
 }
 PIXELS_PER_INCH: Final = 96  # of CSS
 _SHARPNESS: Final = 2.5  # pixels of the picture in one of CSS

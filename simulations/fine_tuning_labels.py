@@ -41,19 +41,21 @@ def choose_labels(
     """
     own = own_labels(given)
     drawn = dict.fromkeys(name for case in cases for name in label_names(case, data))
+    lacking = [name for name in own if name not in {_plain(name, own) for name in drawn}]
+    kept = LabelChoice(None, _lacking_note(lacking) if len(lacking) < len(own) else "")
     if wanted == "base":
-        return LabelChoice(None)
+        return kept
     if wanted is not None:
         chosen = tuple(name.strip() for name in wanted.split(","))
         there = {_plain(name, chosen) for name in drawn}
         if missing := [name for name in chosen if name not in there]:
             msg = f"labels: expected names of the data, {sorted(there)}, got {missing[0]!r}"
             raise SettingsError(msg)
-        return LabelChoice(None if chosen == own else chosen)
+        return kept if chosen == own else LabelChoice(chosen)
     names = tuple(dict.fromkeys(_plain(name, own) for name in drawn))
     unknown = [name for name in names if name not in own]
     if not unknown:
-        return LabelChoice(None)
+        return kept
     note = (
         f"labels: the data has {', '.join(map(repr, unknown))}, which the model does not know, "
         f"so a new model gets a new output layer for {', '.join(map(repr, names))}; "
@@ -111,6 +113,16 @@ def check_labels(own: Sequence[str], cases: Sequence[CaseRef], data: DataFolder)
         if own and not {_plain(name, own) for name in names} & set(own):
             msg = f"case {ref.name!r}: expected labels of the model, {sorted(own)}"
             raise DataError(f"{msg}, got {sorted(names)}")
+
+
+def _lacking_note(lacking: Sequence[str]) -> str:
+    """Return what becomes of the model's labels that the data does not know."""
+    if not lacking:
+        return ""
+    return (
+        f"labels: the data does not name {', '.join(map(repr, lacking))} of the model, so nothing "
+        "is learned of it, and what is not drawn is not taken for background there"
+    )
 
 
 def _plain(name: str, own: Sequence[str]) -> str:

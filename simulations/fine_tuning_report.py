@@ -18,11 +18,11 @@ from dafne_federated.simulations.figures import Picture
 from dafne_federated.simulations.fine_tuning_figures import dice_by_epoch, loss_by_epoch
 from dafne_federated.simulations.overlay_pictures import label_swatch, overlay_pictures, upright
 from dafne_federated.simulations.report import page_environment
-from dafne_federated.simulations.test_results import Overlay, TestRow
+from dafne_federated.simulations.test_results import FINE_TUNED, Overlay, TestRow
 from dafne_federated.simulations.verdict import counted, moved
 
-# The adapted base among the arms that ``TestRow`` knows: trained at one site alone.
-NEW = "local only"
+# The adapted base among the arms that ``TestRow`` knows.
+NEW = FINE_TUNED
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from dafne_federated.core.adapters import AdaptedNetwork
 from dafne_federated.core.approvals import Approvals
 from dafne_federated.core.class_weights import class_counts, pool_counts, reweighted
-from dafne_federated.core.dataset import CaseRef, DataFolder, load_case, split_persons
+from dafne_federated.core.dataset import CaseRef, DataFolder, label_names, load_case, split_persons
 from dafne_federated.core.errors import SettingsError
 from dafne_federated.core.files import sha256, write_atomic
 from dafne_federated.core.fine_tuning import FineTuned, FineTuning, fine_tune, plan_fine_tuning
@@ -28,6 +28,7 @@ from dafne_federated.core.merged_model import adapted_model
 from dafne_federated.core.model_file import ModelFile, serialise_model
 from dafne_federated.core.model_runtime import RunningModel
 from dafne_federated.core.preprocessing import BiasFieldCache
+from dafne_federated.core.site_labels import site_labels
 from dafne_federated.core.slices import PreparedSlices, concatenate
 from dafne_federated.core.state import State
 from dafne_federated.core.versions import versions
@@ -120,12 +121,15 @@ def run_fine_tuning(job: FineTuningJob, stages: Stages) -> FineTuningOutcome:
     with folder.lock():
         base = base_for(job.given, job.labels, job.settings.seed, folder, approvals)
         tuning = plan_fine_tuning(RunningModel(base, approvals), job.settings)
+        known = {name for ref in parts["training"] for name in label_names(ref, job.data)}
+        here = site_labels(tuning.model.labels, known)
+        tuning = replace(tuning, missing=here.missing)
         begun_with = folder.begin(_info(job, tuning, parts), tuning.plan)
         info = begun_with.model_copy(update={"settings": job.settings})  # the gate may be another
         begun = time.monotonic()
         with stages.stage("Preparing images", len(parts["training"] + parts["validation"])) as done:
             training, validation = (
-                _prepared(job, tuning, _cases(parts[name], job.data, done), folder)
+                _prepared(job, tuning, map(here.case, _cases(parts[name], job.data, done)), folder)
                 if parts[name]
                 else None
                 for name in ("training", "validation")
@@ -277,6 +281,8 @@ def _new_model(info: FineTuningInfo, tuning: FineTuning, tuned: FineTuned) -> Mo
         "software": info.versions,
         "date": datetime.fromtimestamp(info.created, UTC).date().isoformat(),
     }
+    if tuning.missing:
+        told["labels_not_annotated"] = [plan.labels[channel - 1] for channel in tuning.missing]
     if info.given_digest != info.base_digest:
         told["new_labels_from_sha256"] = info.given_digest
     model = adapted_model(tuning.model.file, plan, tuned.state, info.created)

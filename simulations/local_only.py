@@ -33,6 +33,8 @@ def train_alone(
     state = site.own_statistics(plan, start)
     own = settings.class_weights == "pooled"
     classes = site.class_counts(plan)[0] if own else None
+    kept = settings.optimiser == "kept"
+    optimiser = site.cache.optimiser("alone", site.settings.name, plan, "both") if kept else None
     for number in range(1, settings.rounds + 1):
         state, _, _ = site.train(
             plan,
@@ -43,6 +45,7 @@ def train_alone(
             settings.seed,
             number,
             classes=classes,
+            optimiser=optimiser,
         )
         score = _validation_dice(site, plan, state)
         if score is None or best_dice is None or score > best_dice:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from dafne_federated.core.dataset import CaseRef, split_persons, split_sites
 from dafne_federated.core.errors import SettingsError
@@ -10,11 +10,20 @@ from dafne_federated.core.errors import SettingsError
 
 @dataclass(frozen=True)
 class SiteCases:
-    """The cases of one site; no person is in two of the lists."""
+    """The cases of one site; no person is in two of the lists.
+
+    ``without`` names labels that count as not annotated there, but for the test.
+    """
 
     training: tuple[CaseRef, ...]
     validation: tuple[CaseRef, ...]
     test: tuple[CaseRef, ...]
+    without: tuple[str, ...] = ()
+
+    def annotated(self, labels: Sequence[str]) -> tuple[str, ...] | None:
+        """Return which ``labels`` count as annotated; None for what the label table says."""
+        kept = tuple(label for label in labels if label not in self.without)
+        return kept if self.without else None
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,21 @@ class Partition:
     sites: Mapping[str, SiteCases]
     held_out: tuple[CaseRef, ...]
 
+    def check_without(self, names: Iterable[str]) -> None:
+        """Refuse labels to leave out that the data does not name, and sites without any left.
+
+        Raises:
+            SettingsError: With the site and its labels.
+        """
+        known = {name[:-2] if name.endswith(("_L", "_R")) else name for name in names}
+        for site, cases in self.sites.items():
+            if unknown := sorted(set(cases.without) - known):
+                msg = f"without: site {site!r}: expected labels of the data, {sorted(known)}"
+                raise SettingsError(f"{msg}, got {unknown[0]!r}")
+            if known <= set(cases.without):
+                msg = f"without: site {site!r}: expected a label that is left, got {sorted(known)}"
+                raise SettingsError(msg)
+
 
 @dataclass(frozen=True)
 class PartitionSettings:
@@ -45,6 +69,7 @@ class PartitionSettings:
         sizes: Relative sizes for ``sites``, in persons.
         shares: Relative sizes of training, validation and test within a site, in persons; a
             site with a single person trains on it, and with two, one trains and one is tested.
+        without: Labels by site that count as not annotated there, to see what that costs.
     """
 
     base_site: str | None = None
@@ -54,6 +79,7 @@ class PartitionSettings:
     divide: int | None = None
     sizes: tuple[float, ...] | None = None
     shares: tuple[float, float, float] = (2.0, 1.0, 1.0)
+    without: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def divide(cases: Sequence[CaseRef], settings: PartitionSettings, seed: int) -> Partition:
@@ -90,6 +116,11 @@ def divide(cases: Sequence[CaseRef], settings: PartitionSettings, seed: int) -> 
     sites = {
         names[name]: _split_site(name, group, settings, seed) for name, group in groups.items()
     }
+    for name, labels in settings.without.items():
+        if name not in sites:
+            msg = f"without: expected one of the sites {sorted(sites)}, got {name!r}"
+            raise SettingsError(msg)
+        sites[name] = replace(sites[name], without=tuple(labels))
     return Partition(tuple(base), sites, tuple(held_out))
 
 

@@ -188,6 +188,7 @@ def _options(simulation: Simulation) -> dict[str, JsonValue]:
         "divide": chosen.divide,
         "sizes": None if chosen.sizes is None else list(chosen.sizes),
         "shares": list(chosen.shares),
+        "without": {site: list(labels) for site, labels in sorted(chosen.without.items())},
         "phantom-persons": list(simulation.phantom_persons),
         "base-epochs": simulation.fit.epochs,
         "base-size": network.size,
@@ -229,6 +230,7 @@ def _check(partition: Partition, images: DataFolder, settings: RunSettings) -> N
             "validation, or --gate none, which releases the last round without looking"
         )
         raise SettingsError(msg)
+    partition.check_without(images.labels.values())
     for ref in _cases(partition):
         if not label_names(ref, images):
             msg = f"case {ref.name!r}: expected a label map or masks, got none; leave it out"
@@ -283,6 +285,7 @@ def _make(
             cache=_site_cache(run, name),
             bias_fields=_bias_fields(),
             approvals=approvals.path.resolve(),
+            annotated=cases.annotated(model.labels),
             threads=settings.threads,
             device=settings.device,
             precision=settings.precision,

@@ -15,6 +15,7 @@ from rich.progress import (
 )
 
 from dafne_federated.core.run_folder import RunFolder
+from dafne_federated.simulations.aggregation_words import percents
 
 Advance = Callable[[str], None]
 
@@ -28,6 +29,7 @@ class Stages:
     """Shows stages one under the other; ``quiet`` shows nothing."""
 
     def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
         self._progress = Progress(
             TextColumn("{task.description:<28}"),
             BarColumn(),
@@ -77,6 +79,9 @@ class Stages:
                     for event in news:
                         if event["event"] == "site answered":
                             advance(f"round {event['round']}: {event['site']}")
+                        elif (error := event.get("aggregation_error")) and not self.quiet:
+                            words = f"aggregation error {percents([error])}"
+                            self._progress.console.print(f"round {event['round']}: {words}")
                     if last:
                         return
 

@@ -15,6 +15,8 @@ from dafne_federated.core.files import write_atomic
 from dafne_federated.core.model_file import parse_model
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RoundLine, RunFolder, RunResult
+from dafne_federated.core.strategy_table import round_rule
+from dafne_federated.simulations.aggregation_words import aggregation_words
 from dafne_federated.simulations.comparison import Comparison, Person, compare, persons_to_show
 from dafne_federated.simulations.figures import Picture, dice_by_arm, dice_by_round, line_swatch
 from dafne_federated.simulations.overlay_pictures import label_swatch, overlay_pictures, upright
@@ -141,6 +143,8 @@ def write_report(folder: RunFolder) -> Path:
         "rounds": rounds,
         "result": result,
         "release_check": load_release_check(folder),
+        "aggregation": aggregation_words(info, plan, rounds),
+        "personal": bool(round_rule(info.settings.strategy, 1).personal),
         "comparison": comparison,
         "verdict": verdict(info, rounds, result, comparison),
         "sites": sites,
@@ -150,6 +154,7 @@ def write_report(folder: RunFolder) -> Path:
         "overlays": overlays,
         "refusals": _refusals(folder, rounds),
         "privacy": site_privacy(rounds),
+        "lacks": {n: own.lacks for line in rounds for n, own in line.sites.items() if own.lacks},
         "traffic": _traffic(rounds, base),
         "charts": traffic_charts(rounds, len(base) if base else None) if rounds else [],
         "sizes": Sizes(_trained(plan), _parameters(base)),
@@ -224,7 +229,12 @@ def _scores(rounds: Sequence[RoundLine], result: RunResult | None) -> list[Score
     return lines
 
 
-_WORDS = {"refused": "refused", "failed": "failed at the site", "silent": "no answer"}
+_WORDS = {
+    "refused": "refused",
+    "failed": "failed at the site",
+    "silent": "no answer",
+    "late": "used late",
+}
 
 
 def _refusals(folder: RunFolder, rounds: Sequence[RoundLine]) -> list[Refusal]:
@@ -232,6 +242,11 @@ def _refusals(folder: RunFolder, rounds: Sequence[RoundLine]) -> list[Refusal]:
     found: dict[tuple[str, str, str], list[int]] = {}
     for site, reason in _declined(folder):
         found[site, "did not take part", reason] = []
+    for event in folder.events():
+        if event.get("event") == "late answer" and not event["used"]:
+            reason = "its answer came after the round had closed"
+            numbers = found.setdefault((str(event["site"]), "late, not used", reason), [])
+            numbers.append(int(event["round"]))
     for line in rounds:
         for site, own in sorted(line.sites.items()):
             if own.status != "ok":

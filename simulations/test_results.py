@@ -21,6 +21,8 @@ from dafne_federated.core.files import write_atomic
 from dafne_federated.core.run_folder import RunFolder
 
 ARMS: Final = ("base", "local only", "federated")
+FINE_TUNED: Final = "fine-tuned"
+EVERY_ARM: Final = (*ARMS, FINE_TUNED)
 
 
 class TestRow(BaseModel):
@@ -31,7 +33,8 @@ class TestRow(BaseModel):
     site that trained nothing has one row for the local model of each other site.
 
     Attributes:
-        arm: The model: ``base``, ``local only`` (trained at one site alone) or ``federated``.
+        arm: The model: ``base``, ``local only`` (trained at one site alone), ``federated``, or
+            ``fine-tuned`` where there are no sites.
         site: Site of the person.
         person: Who was scanned.
         case: Name of the case.
@@ -45,7 +48,7 @@ class TestRow(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    arm: str = Field(pattern="^(" + "|".join(ARMS) + ")$")
+    arm: str = Field(pattern="^(" + "|".join(EVERY_ARM) + ")$")
     site: str
     person: str
     case: str
@@ -192,7 +195,7 @@ def _read_overlay(path: Path) -> Overlay:
             **about.model_dump(),
             image=arrays["image"],
             truth=arrays["truth"],
-            predictions={arm: arrays[f"arm {arm}"] for arm in ARMS if f"arm {arm}" in arrays},
+            predictions={arm: arrays[f"arm {arm}"] for arm in EVERY_ARM if f"arm {arm}" in arrays},
             spacing=arrays["spacing"],
         )
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile) as e:

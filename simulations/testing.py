@@ -23,6 +23,7 @@ from dafne_federated.core.preprocessing import BiasFieldCache
 from dafne_federated.core.rank_cut import at_rank
 from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.core.state import State, load_state, save_state, state_rank
+from dafne_federated.core.strategy_table import round_rule
 from dafne_federated.core.volumes import Case, orientation
 from dafne_federated.server.rounds import first_state
 from dafne_federated.simulations.comparison import persons_to_show
@@ -119,6 +120,16 @@ def measure_case(
     return rows, overlay
 
 
+def personal_states(folder: RunFolder, sites: Mapping[str, SiteSettings]) -> dict[str, State]:
+    """Return each site's own last state, with a strategy that leaves factors at the sites."""
+    info, plan = folder.info(), folder.plan()
+    if not round_rule(info.settings.strategy, 1).personal:
+        return {}
+    after = info.settings.rounds + 1
+    kept = {n: Site(s).cache.personal(info.run, n, plan, after) for n, s in sites.items()}
+    return {name: state for name, state in kept.items() if state is not None}
+
+
 def _alone(
     folder: RunFolder, sites: Mapping[str, SiteSettings], stages: Stages
 ) -> dict[str, State]:
@@ -154,11 +165,13 @@ def _test(
     overlays: list[Overlay] = []
     total = sum(len(names) for names in prepared.test.values())
     any_site = Site(next(iter(sites.values())))
+    own = personal_states(folder, sites)
     with stages.stage("Testing on unseen persons", total) as advance:
         for name, cases in prepared.test.items():
             # At a site that took no part, each local model is a guest: their mean is shown.
             local = [alone[name]] if name in alone else list(alone.values())
-            arms: dict[str, list[State]] = {"base": [start], "federated": [final]}
+            together = [own[name]] if name in own else list(own.values()) or [final]
+            arms: dict[str, list[State]] = {"base": [start], "federated": together}
             arms |= {"local only": local} if local else {}
             bench = Site(sites[name]) if name in sites else any_site
             for ref in _refs(images, cases):
@@ -193,7 +206,7 @@ def _test_case(
     rank = max(state_rank(plan, state) for states in arms.values() for state in states)
     engine = bench.engine(plan, rank)
     same = {arm: [at_rank(plan, s, rank, seed=0).state for s in arms[arm]] for arm in arms}
-    return measure_case(engine.model, engine.adapted, case, site, same, bench.bias_fields())
+    return measure_case(engine.model, engine.adapted, case, site, same, bench.data.bias_fields())
 
 
 def _check_release(folder: RunFolder, images: DataFolder, cases: Iterable[CaseRef]) -> None:

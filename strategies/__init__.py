@@ -5,6 +5,7 @@ from dafne_federated.strategies.alternating import alternating
 from dafne_federated.strategies.factors import factors
 from dafne_federated.strategies.fedavg import fedavg
 from dafne_federated.strategies.frozen_a import frozen_a
+from dafne_federated.strategies.global_local import global_local
 from dafne_federated.strategies.product import product
 from dafne_federated.strategies.shared_a import shared_a
 from dafne_federated.strategies.stack import stack
@@ -17,4 +18,5 @@ STRATEGIES: dict[str, Strategy] = {
     "product": product,
     "stack": stack,
     "shared-a": shared_a,
+    "global+local": global_local,
 }

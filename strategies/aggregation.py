@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +10,7 @@ import numpy.typing as npt
 from dafne_federated.core.low_rank import Pair, widen
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.state import State
+from dafne_federated.strategies.column_weights import Columns, column_weights
 
 Arrays = Mapping[str, npt.NDArray[np.float32]]
 
@@ -24,12 +25,14 @@ class Update:
             is asked for. Factors that stay at the site are not in it.
         cases: Training cases, the site's weight.
         share: How much of that weight a robust rule or the cap leaves.
+        missing: By state array the columns of labels that the site lacks: without weight.
     """
 
     site: str
     state: Arrays
     cases: int
     share: float = 1.0
+    missing: Columns = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,23 +81,20 @@ def combine(
     Args:
         plan: The plan of all states.
         updates: At least one; names differ.
-        combine_pairs: Takes the pairs of one layer, their weights, and the rank: the plan's
-            own, or the largest among the updates if that is larger.
+        combine_pairs: Takes the pairs of one layer, their weights, and the rank of the plan.
     """
     ordered, weights = in_order(updates)
     state = mean_arrays(updates, (name for name in ordered[0].state if name[-2:] not in _FACTORS))
     keys = [target.key for target in plan.targets if target.low_rank]
-    ranks = [update.state[f"{key}/a"].shape[-1] for key in keys[:1] for update in ordered]
-    rank = min(max([plan.rank, *ranks]), plan.max_rank)
     missed, size = 0.0, 0.0
     pairs: dict[str, Pair] = {}
     for key in keys:
         given = [(update.state[f"{key}/a"], update.state[f"{key}/b"]) for update in ordered]
-        combined = combine_pairs(given, weights, rank)
+        combined = combine_pairs(given, weights, plan.rank)
         pairs[key] = combined.pair
         missed += combined.missed**2
         size += combined.size**2
-    common = max((a.shape[-1] for a, _ in pairs.values()), default=rank)
+    common = max((a.shape[-1] for a, _ in pairs.values()), default=plan.rank)
     for key, pair in pairs.items():
         state[f"{key}/a"], state[f"{key}/b"] = widen(pair, common)
     return Aggregate(state, math.sqrt(missed / size) if size > 0 else 0.0)
@@ -131,13 +131,22 @@ def capped(updates: Sequence[Update]) -> list[Update]:
 def mean_arrays(updates: Sequence[Update], names: Iterable[str]) -> State:
     """Return the weighted mean of the named arrays, site by site.
 
-    One site's arrays and one set of sums stand in memory, however many sites there are.
+    One site's arrays and one set of sums stand in memory, however many sites there are. A
+    column that belongs to one label is the mean of the sites that annotated it.
     """
     ordered, weights = in_order(updates)
     chosen = list(names)
     totals: dict[str, npt.NDArray[np.float64]] = {}
-    for update, weight in zip(ordered, weights, strict=True):
+    named = {name for update in ordered for name in update.missing}
+    by_column = {
+        name: column_weights(
+            weights, [u.missing.get(name, ()) for u in ordered], ordered[0].state[name].shape[-1]
+        )
+        for name in named.intersection(chosen)
+    }
+    for index, update in enumerate(ordered):
         for name in chosen:
+            weight = by_column.get(name, weights)[index]
             part = weight * update.state[name].astype(np.float64)
             if name in totals:
                 totals[name] += part

@@ -10,8 +10,10 @@ from dafne_federated.strategies.aggregation import Aggregate, Combined, Update, 
 def product(plan: AdaptationPlan, updates: Sequence[Update]) -> Aggregate:
     """Return the best pairs for the exact mean of products.
 
-    Ranks of the sites may differ; the result has the plan's rank, or the largest of the
-    updates if that is larger. The error of the aggregate is what the cut left out.
+    Ranks of the sites may differ; the result has the plan's. The error of the aggregate is what
+    the cut left out. A site of a larger rank gets the result itself with new directions beside
+    it, trains all of them, and counts with its whole product; were the result as large as that,
+    the choice of one site would leave all others a cut, and no state would be measured whole.
 
     Every update counts with its whole product and the weight of its cases, in every direction.
     A site of small rank does not pull down directions that it never saw, because its update is

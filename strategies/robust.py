@@ -6,7 +6,6 @@ the stacked factors, so that no product is ever formed. What they bear and what 
 ``core/strategy_table.py`` and is tested in ``tests/strategies/test_bad_updates.py``.
 """
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -17,9 +16,10 @@ from dafne_federated.core.low_rank import Wide, product_gram
 from dafne_federated.core.plan import AdaptationPlan, Target
 from dafne_federated.core.strategy_table import least_sites
 from dafne_federated.strategies.aggregation import Arrays, Update, capped, in_order
-from dafne_federated.strategies.outliers import update_norm
+from dafne_federated.strategies.clipping import clipped
 
-RobustRule = Callable[[AdaptationPlan, Sequence[Update], int], list[Update]]
+# Given are the plan, the updates, how many bad ones to bear, and what the sites were sent.
+RobustRule = Callable[[AdaptationPlan, Sequence[Update], int, Arrays], list[Update]]
 
 # Weiszfeld's steps shrink the distance to the median by a factor; so many leave nothing to see.
 _STEPS = 200
@@ -27,33 +27,14 @@ _STEPS = 200
 _CLOSEST = 1e-6
 
 
-def keep_all(_plan: AdaptationPlan, updates: Sequence[Update], _bad: int) -> list[Update]:
+def keep_all(
+    _plan: AdaptationPlan, updates: Sequence[Update], _bad: int, _sent: Arrays
+) -> list[Update]:
     """Return the updates as they are, none heavier than all others together."""
     return capped(updates)
 
 
-def clipped(plan: AdaptationPlan, updates: Sequence[Update], _bad: int) -> list[Update]:
-    """Return the updates with none larger than the median one, by scaling ``b`` and arrays.
-
-    Scaling ``b`` alone scales the product, so the direction of an update stays. An update is
-    all that a site would change about the base so far, not its change of this round. Of an even
-    number the lower middle one is the bound: the mean of two would let the larger set it.
-
-    Source:
-        Clipping of updates as in https://arxiv.org/abs/1911.07963, with the median norm of the
-        round as the bound.
-    """
-    norms = {update.site: update_norm(plan, update.state) for update in updates}
-    bound = statistics.median_low(norms.values())
-    return [
-        replace(update, state=_scaled(plan, update.state, bound / norms[update.site]))
-        if norms[update.site] > bound
-        else update
-        for update in capped(updates)
-    ]
-
-
-def krum(plan: AdaptationPlan, updates: Sequence[Update], bad: int) -> list[Update]:
+def krum(plan: AdaptationPlan, updates: Sequence[Update], bad: int, _sent: Arrays) -> list[Update]:
     """Return the one update whose nearest neighbours are nearest.
 
     Raises:
@@ -65,7 +46,9 @@ def krum(plan: AdaptationPlan, updates: Sequence[Update], bad: int) -> list[Upda
     return _nearest(plan, updates, bad, 1, "krum")
 
 
-def multi_krum(plan: AdaptationPlan, updates: Sequence[Update], bad: int) -> list[Update]:
+def multi_krum(
+    plan: AdaptationPlan, updates: Sequence[Update], bad: int, _sent: Arrays
+) -> list[Update]:
     """Return all updates but the ``bad`` ones whose nearest neighbours are farthest.
 
     Raises:
@@ -77,7 +60,9 @@ def multi_krum(plan: AdaptationPlan, updates: Sequence[Update], bad: int) -> lis
     return capped(_nearest(plan, updates, bad, len(updates) - bad, "multi-krum"))
 
 
-def geometric_median(plan: AdaptationPlan, updates: Sequence[Update], bad: int) -> list[Update]:
+def geometric_median(
+    plan: AdaptationPlan, updates: Sequence[Update], bad: int, _sent: Arrays
+) -> list[Update]:
     """Return the updates with shares that make their mean their geometric median.
 
     The median is the point with the least sum of distances; each site counts once, whatever
@@ -156,12 +141,6 @@ def _require(updates: Sequence[Update], bad: int, rule: str) -> None:
             f"which bear {borne}; set bad-sites to {borne} or ask more sites"
         )
         raise StateError(msg)
-
-
-def _scaled(plan: AdaptationPlan, state: Arrays, factor: float) -> dict[str, np.ndarray]:
-    last = {name for target in plan.targets for name in _names(target)[-1:]}
-    small = np.float32(factor)
-    return {name: array * small if name in last else array for name, array in state.items()}
 
 
 def _names(target: Target) -> list[str]:

@@ -15,6 +15,7 @@ from dafne_federated.core.state import state_rank
 from dafne_federated.core.wire import RoundReply, RoundRequest, plain
 from dafne_federated.core.wire_arrays import take_state
 from dafne_federated.strategies.aggregation import Update
+from dafne_federated.strategies.column_weights import check_missing, missing_columns
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +52,9 @@ def judge(
     """Check one reply; nothing about it is trusted, and a bad one costs the round nothing.
 
     Checked in this order: the message itself; that it answers this round of this run, base and
-    plan and comes from this site; that the number of cases is plausible; names, shapes, dtypes
-    and byte counts of the arrays before any of them is parsed; that all values are finite and
-    of a size that a weight change can have; that stored statistics came back as they were sent.
+    plan and comes from this site; that labels and the number of cases are plausible; names,
+    shapes, dtypes and byte counts of the arrays before any of them is parsed; that all values are
+    finite and of a size that a weight change can have; that stored statistics came back as sent.
 
     Args:
         site: Registered name of the site that the transport says it comes from.
@@ -80,6 +81,7 @@ def judge(
         if len(reply.dice) != len(reply.dice_cases) or len(reply.dice) not in (0, len(plan.labels)):
             msg = f"dice: expected {len(plan.labels)} labels, got {len(reply.dice)}"
             raise StateError(msg)
+        missing = check_missing(plan, reply.missing or ())
         checked = reply
         if request.epochs == 0:
             return Verdict("ok", reply=reply)
@@ -110,4 +112,6 @@ def judge(
     except Exception:  # what a site sends must never end the round
         log.exception("a reply of %s cannot be read", site)
         return Verdict("refused", "its reply cannot be read", checked)
-    return Verdict("ok", reply=reply, update=Update(site, state | held, reply.training_cases))
+    columns = missing_columns(plan, missing)
+    update = Update(site, state | held, reply.training_cases, missing=columns)
+    return Verdict("ok", reply=reply, update=update)

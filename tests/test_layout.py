@@ -27,8 +27,10 @@ KERAS = {
     "core/low_rank_layers.py",
     "core/network_graph.py",
     "core/network_layers.py",
+    "core/partial_labels.py",
     "core/prefix_cache.py",
     "core/private_training.py",
+    "core/proximal.py",
     "core/suffix_network.py",
     "core/training.py",
 }

@@ -134,9 +134,9 @@ class TestRuns:
         rows = json.loads((folder / "test.json").read_text())["rows"]
         means = {
             arm: np.mean([row["dice"] for row in rows if row["arm"] == arm])
-            for arm in ("base", "local only")
+            for arm in ("base", "fine-tuned")
         }
-        assert means["local only"] > means["base"]
+        assert means["fine-tuned"] > means["base"]
         cases = json.loads((folder / "run.json").read_text())["cases"]
         everybody = [name for part in cases.values() for name in part]
         assert len(everybody) == len(set(everybody)) == 8

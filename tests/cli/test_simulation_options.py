@@ -31,12 +31,24 @@ def test_a_file_takes_all_names_and_flags_win(tmp_path: Path) -> None:
     assert "parallel" not in given
 
 
+def test_labels_that_sites_shall_lack_are_a_text_or_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "settings.toml"
+    path.write_text('[without]\nsite-2 = ["disc"]\n')
+    assert read_options(path, {})[0].without == {"site-2": ("disc",)}
+    flags = {"without": "site-2: disc, canal; site-3:disc"}
+    wanted = {"site-2": ("disc", "canal"), "site-3": ("disc",)}
+    assert read_options(None, flags)[0].without == wanted
+    assert read_options(None, {})[0].without == {}
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("round = 3", "expected names of flags of simulate, .* got 'round'"),
         ('settings = "other.toml"', "got 'settings'"),
         ("shares = [1, 2]", r"shares: .* got \[1, 2\]"),
+        ('without = "site-2"', "without: expected labels by site .* got 'site-2'"),
+        ('without = "a:x;a:y"', "without: expected labels by site"),
         ('sizes = "a,b"', "sizes: expected numbers with commas between them, got 'a,b'"),
         ("phantom-persons = [0, 2]", r"phantom-persons: .* got \[0, 2\]"),
         ('engine = "warp"', "engine: .*'inline' or 'ray', got 'warp'"),

@@ -131,6 +131,36 @@ def test_a_round_of_one_factor_moves_and_sends_that_one(
     assert all((found[key] != state[key]).any() for key in found)
 
 
+def test_factors_in_turn_are_compiled_once_each_and_give_the_bits_of_a_fresh_process(
+    ready: SiteUnderTest, plan: AdaptationPlan
+) -> None:
+    from dafne_federated.client import site as client_site
+
+    state = started(plan)
+
+    def ask(moving: str) -> dict[str, Any]:
+        content = ready.round(plan, state=state, trained=moving, sent=moving)
+        return take_state(content, plan, absent=RoundRule(moving, moving).absent)
+
+    def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+        return all(np.array_equal(one[key], other[key]) for key in one)
+
+    fresh = {}
+    for moving in ("b", "a"):
+        client_site._KEPT.engine = None
+        fresh[moving] = ask(moving)
+    client_site._KEPT.engine = None
+    first = ask("b")
+    engine = client_site._KEPT.engine
+    assert engine is not None
+    compiled = engine.trainings["b", 0.0, ()]
+    assert same(ask("a"), fresh["a"])
+    assert same(ask("b"), fresh["b"])
+    assert same(first, fresh["b"])
+    assert engine.trainings.keys() == {("a", 0.0, ()), ("b", 0.0, ())}
+    assert engine.trainings["b", 0.0, ()] is compiled
+
+
 def test_a_personal_factor_stays_and_is_used_again(
     ready: SiteUnderTest, plan: AdaptationPlan
 ) -> None:
@@ -179,10 +209,11 @@ def test_evaluation_alone_sends_no_arrays(ready: SiteUnderTest, plan: Adaptation
 def test_prepared_slices_come_from_disk_the_second_time(
     ready: SiteUnderTest, plan: AdaptationPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import dafne_federated.client.site as module
+    from dafne_federated.client import site, site_data
 
     first = take_state(ready.round(plan), plan)
-    monkeypatch.setattr(module, "_KEPT", module._Kept())  # as in a new process
+    for module in (site, site_data):
+        monkeypatch.setattr(module, "_KEPT", module._Kept())  # as in a new process
     kept = sorted(ready.path.glob("cache/slices/*.npz"))
     assert len(kept) == 2
     kept[0].write_bytes(b"damaged")  # is prepared again

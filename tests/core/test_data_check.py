@@ -15,6 +15,7 @@ from dafne_federated.core.bundles import write_bundle
 from dafne_federated.core.data_check import check_folder
 from dafne_federated.core.dataset import open_folder
 from dafne_federated.core.findings import Finding, ModelExpectation
+from dafne_federated.core.site_labels import site_labels
 from dafne_federated.core.volumes import Case, write_nifti_pair
 
 LABELS = {1: "vastus", 2: "rectus"}
@@ -160,7 +161,39 @@ def test_labels_that_the_model_does_not_know_are_found(path: Path) -> None:
     unknown = [f for f in findings if "'Vastus' is not among the labels asked for" in f.what]
     assert [f.case for f in unknown] == sorted(NAMES)
     assert "Rename it if it means 'vastus'" in unknown[0].advice
-    assert any(f.case == "" and f.what == "Drawn in no case at all: vastus." for f in findings)
+    (absent,) = (f for f in findings if f.what == "Not annotated in this folder: vastus.")
+    assert (absent.case, absent.severity) == ("", "warning")
+    assert "not taken for background" in absent.advice
+    assert '"label_names": {"vastus": "Vastus"}' in absent.advice
+
+
+def test_a_label_that_the_table_knows_and_nobody_drew_is_said_to_count_as_absent(
+    path: Path,
+) -> None:
+    for name in NAMES:
+        edit(path / "labels" / f"{name}.nii.gz", lambda array, _: np.where(array == 1, 2, array))
+    (absent,) = (f for f in check(path) if f.what == "Drawn in no case at all: vastus.")
+    assert absent.severity == "warning"
+    assert "leave them out of 'annotated'" in absent.advice
+
+
+def test_the_settings_of_a_site_say_what_labels_are_called_and_which_are_missing(
+    path: Path,
+) -> None:
+    title = {"labels": {"1": "Vastus lateralis", "2": "rectus"}}
+    (path / "dataset.json").write_text(json.dumps(title))
+    folder = open_folder(path)
+    known = folder.labels.values()
+    here = site_labels(MODEL.labels, known, {"vastus": "Vastus lateralis"})
+    (note,) = check_folder(folder, MODEL, here=here)
+    assert (note.severity, note.case) == ("note", "")
+    assert note.what == "The model's 'vastus' is called 'Vastus lateralis' in this folder."
+    here = site_labels(MODEL.labels, known, annotated=("rectus",))
+    whole = [f.what for f in check_folder(folder, MODEL, here=here) if not f.case]
+    assert whole == [
+        "Dafne can learn from 0 slices of this folder and needs at least 5.",  # 2 labels of 2
+        "Not annotated in this folder: vastus.",
+    ]
 
 
 def test_a_folder_without_any_label_of_the_model_is_an_error(path: Path) -> None:

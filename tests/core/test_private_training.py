@@ -45,7 +45,7 @@ def steps_on(adapted: Any) -> PersonSteps:
 def trained(seed: bytes, cache: PrefixCache | None = None, **changes: Any) -> dict[str, Any]:
     adapted = started()
     mechanism = Mechanism(**({"noise": 1.0, "clip": 0.5, "rate": 0.5} | changes))
-    training = PrivateTraining(SuffixTraining(adapted, loss), loss)
+    training = PrivateTraining(SuffixTraining(adapted, loss))
     result = training.run(some_slices(), PERSONS, mechanism, 2, 2, 0.01, seed, cache)
     assert (result.steps, result.loss) == (mechanism.steps(2), None)
     return dict(adapted.read())
@@ -93,7 +93,7 @@ def test_without_noise_and_clip_it_is_the_mean_gradient_over_persons() -> None:
         [np.mean(parts, axis=0) for parts in zip(*gradients, strict=True)], variables
     )
     private = started()
-    PrivateTraining(SuffixTraining(private, loss), loss).run(
+    PrivateTraining(SuffixTraining(private, loss)).run(
         slices, PERSONS, Mechanism(0.0, 1e9, 1.0), 1, 7, 0.01, SEED
     )
     before = started().read()
@@ -105,7 +105,7 @@ def test_without_noise_and_clip_it_is_the_mean_gradient_over_persons() -> None:
 def test_the_noise_has_its_standard_deviation_and_an_empty_draw_makes_a_step_of_it() -> None:
     """Nobody is drawn at this rate, so what reaches Adam is noise / (rate * persons)."""
     adapted, told = started(), []
-    training = PrivateTraining(SuffixTraining(adapted, loss), loss)
+    training = PrivateTraining(SuffixTraining(adapted, loss))
     network, slices = training.training.network(some_slices())[0], some_slices()
     steps = PersonSteps(network, loss)
     steps.apply = told.append  # type: ignore[method-assign]
@@ -158,7 +158,7 @@ def test_plain_training_beside_it_is_undisturbed() -> None:
     start = adapted.read()
     training = SuffixTraining(adapted, loss)
     training.run(some_slices(), 1, 2, 0.01, 4)
-    PrivateTraining(training, loss).run(
+    PrivateTraining(training).run(
         some_slices(), PERSONS, Mechanism(1.0, 0.5, 0.5), 1, 2, 0.01, SEED
     )
     adapted.write(start)

@@ -65,18 +65,18 @@ def test_every_direction_can_move_and_none_changes_a_product(
 def test_a_site_of_small_rank_that_changes_nothing_pulls_nothing_down(
     small_plan: AdaptationPlan, make_state: Make, strategy: str
 ) -> None:
-    state = make_state(0, 6)
+    state, plan = make_state(0, 6), small_plan.model_copy(update={"rank": 6})
     updates = []
     for site, rank, cases in (("large", 6, 1), ("small", 1, 9)):
         cut = at_rank(small_plan, state, rank, seed=1)
         updates.append(Update(site, completed(cut.state, cut.rest), cases))
-    result = STRATEGIES[strategy](small_plan, updates)
+    result = STRATEGIES[strategy](plan, updates)
     assert result.error < 1e-6
     for key, want in products(small_plan, state).items():
         np.testing.assert_allclose(products(small_plan, result.state)[key], want, atol=1e-4)
     # Without the rest, nine tenths of all but the first direction would be gone.
     cut_only = Update("small", at_rank(small_plan, state, 1, seed=1).state, 9)
-    diluted = products(small_plan, STRATEGIES[strategy](small_plan, [updates[0], cut_only]).state)
+    diluted = products(small_plan, STRATEGIES[strategy](plan, [updates[0], cut_only]).state)
     want = products(small_plan, state)["0004"]
     assert np.linalg.norm(diluted["0004"] - want) > 0.3 * np.linalg.norm(want)
 

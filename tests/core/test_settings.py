@@ -34,13 +34,22 @@ def test_json_round_trip() -> None:
             "is for low-rank pairs.*; take strategy 'fedavg', or method 'lora'",
         ),
         (
-            'strategy = "alternating"\nrobust = "clipped"',
-            "scales b, which strategy 'alternating' does not let it; take robust 'geom",
+            'strategy = "product"\nserver-optimiser = "adam"',
+            "plain sums of arrays, and those of strategy 'product' are not; take server-optimiser",
         ),
         (
             'robust = "krum"\nmin-sites = 4',
             "'krum' needs 5 updates to bear 1 bad ones, and rounds of 4 would count; raise",
         ),
+        (
+            'strategy = "shared-a"\nproximal = 0.1',
+            "a part of it is each site's own; take proximal 0, or strategy 'product'",
+        ),
+        (
+            'strategy = "global+local"\nrank = 4\nmax-rank = 5',
+            "trains at rank 4 and local-rank 2 together; raise max-rank to 6",
+        ),
+        ('optimiser = "best"', "optimiser: Input should be 'fresh' or 'kept', got 'best'"),
         ("learning-rate = nan", "learning-rate: .* got nan"),
         ("rank = 9\nmax-rank = 4", "rank: expected at most max-rank 4, got 9"),
         ("rounds = [", "cannot read settings"),

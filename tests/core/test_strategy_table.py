@@ -10,9 +10,13 @@ from dafne_federated.core.strategy_table import (
     ROBUST_TABLE,
     STRATEGY_TABLE,
     RoundRule,
+    bad_left,
     check_combination,
+    check_late,
+    check_optimisation,
     least_sites,
     round_rule,
+    updates_suffice,
 )
 
 
@@ -51,9 +55,50 @@ def test_what_is_refused_names_a_way_that_is_not(strategy: str, robust: str, pai
         check_combination(strategy, robust, 1, 5, bool(pairs))
 
 
+@pytest.mark.parametrize("strategy", STRATEGY_TABLE)
+def test_optimisers_that_are_refused_name_ways_that_are_not(strategy: str) -> None:
+    refused = 0
+    for optimiser, proximal in (("momentum", 0.0), ("adam", 0.0), ("none", 0.1)):
+        try:
+            check_optimisation(strategy, optimiser, proximal)
+        except SettingsError as error:
+            refused += 1
+            way = str(error).split("; take ")[1].split("strategy '")[1].split("'")[0]
+            check_optimisation(way, optimiser, proximal)
+            check_optimisation(strategy, "none", 0.0)
+    assert refused == {"shared-a": 3, "global+local": 3, "fedavg": 0}.get(
+        strategy, 0 if strategy in ("frozen-a", "alternating") else 2
+    )
+
+
 def test_how_many_bad_sites_are_borne() -> None:
     assert [least_sites("krum", bad) for bad in (0, 1, 2)] == [3, 5, 7]
     assert [least_sites("geometric-median", bad) for bad in (0, 1, 2)] == [1, 3, 5]
+
+
+def test_a_refused_site_was_one_of_the_bad_ones_and_a_silent_one_may_not_have_been() -> None:
+    for rule, sites in (("krum", 5), ("multi-krum", 5), ("geometric-median", 3)):
+        assert bad_left(rule, 1, sites, refused=0) == 1
+        assert bad_left(rule, 1, sites - 1, refused=1) == 0
+        assert bad_left(rule, 1, sites - 1, refused=0) is None
+        assert updates_suffice(rule, 1, sites, sites - 1, refused=1)
+        assert not updates_suffice(rule, 1, sites, sites - 1, refused=0)
+        # More than the bad ones that were reckoned with are no reason to close with less.
+        assert not updates_suffice(rule, 1, sites, sites - 2, refused=2)
+    assert bad_left("krum", 1, 6, refused=1) == 1  # there are enough to bear another one
+    assert bad_left("krum", 2, 6, refused=1) == 1
+    for rule in ("none", "clipped"):
+        assert updates_suffice(rule, 1, 3, 3, refused=0)
+        assert not updates_suffice(rule, 1, 3, 2, refused=1)
+
+
+def test_late_updates_are_refused_where_the_common_factor_moves() -> None:
+    check_late("alternating", "drop")
+    for name, rules in STRATEGY_TABLE.items():
+        if rules.late:
+            check_late(name, "use")
+    with pytest.raises(SettingsError, match=r"moves another factor in each round.*'frozen-a'"):
+        check_late("alternating", "use")
 
 
 def test_the_printed_table_is_the_enforced_one() -> None:
@@ -61,6 +106,11 @@ def test_the_printed_table_is_the_enforced_one() -> None:
     printed = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
     words = {True: "yes", False: "no"}
     assert printed == [
-        [name, r.pairs, words[r.ranks], words[r.clipped], words[r.common], r.noisy]
+        [
+            name,
+            r.pairs,
+            *(words[w] for w in (r.ranks, r.proximal, r.sums, r.late, r.common)),
+            r.noisy,
+        ]
         for name, r in STRATEGY_TABLE.items()
     ]

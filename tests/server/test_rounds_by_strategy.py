@@ -48,14 +48,39 @@ def test_each_site_gets_its_own_rank_back(new_run: Make, make_grid: Make, strate
     small.rank, large.rank = 2, 16
     run_rounds(grid, folder)
     whole = state_rank(folder.plan(), folder.state_after(3))
-    assert whole == {"product": 16, "stack": 8}[strategy]  # no layer has more than 8 directions
+    # That of the plan; or no layer has more than 8 directions.
+    assert whole == {"product": 2, "stack": 8}[strategy]
     assert small.ranks == [2, 2, 2, whole]  # the last message evaluates the state itself
     assert large.ranks == [16, 16, 16, whole]
     assert usual.ranks == ([2, 2, 2, whole] if strategy == "product" else [2, 8, 8, whole])
     lines = folder.rounds()
-    assert [line.whole for line in lines] == [True, False, False, True]
+    whole_in = {"product": [True] * 4, "stack": [True, False, False, True]}
+    assert [line.whole for line in lines] == whole_in[strategy]
     number, reason = choose_round(lines, folder.info().settings)
     assert (number, "no label lost" in reason) == (3, True)  # the one that all measured whole
+
+
+def test_a_site_of_larger_rank_leaves_all_others_the_state_whole(
+    new_run: Make, make_grid: Make
+) -> None:
+    folder = new_run(max_rank=16, sites_per_round=0)
+    grid = make_grid(folder)
+    *_, large = grid.sites.values()
+    large.rank = 16
+
+    def best_in_the_middle(message: Any, content: Any) -> Any:
+        if message.metadata.group_id == "3":
+            content.metric_records["metrics"]["dice"] = [0.9, 0.9]
+        return content
+
+    for site in grid.sites.values():
+        site.change = best_in_the_middle
+    run_rounds(grid, folder)
+    assert [line.whole for line in folder.rounds()] == [True] * 4
+    assert choose_round(folder.rounds(), folder.info().settings)[0] == 2
+    error = folder.rounds()[0].aggregation_error
+    assert error is not None
+    assert error > 0
 
 
 def test_a_rank_that_does_not_fit_is_declined_in_words(new_run: Make, make_grid: Make) -> None:

@@ -75,11 +75,17 @@ def alive(processes: set[int]) -> set[int]:
 
 
 @pytest.mark.simulation
+@pytest.mark.parametrize("parallel", [1, 2])
 def test_ray_gives_the_same_result_and_leaves_nothing_running(
-    done: RunFolder, trained: Any, squares_folder: Path, tmp_path: Path, scratch: Path
+    done: RunFolder,
+    trained: Any,
+    squares_folder: Path,
+    tmp_path: Path,
+    scratch: Path,
+    parallel: int,
 ) -> None:
     pytest.importorskip("ray")
-    with ray_simulation(trained, squares_folder, tmp_path, scratch) as process:
+    with ray_simulation(trained, squares_folder, tmp_path, scratch, parallel) as process:
         seen: set[int] = set()
         while process.poll() is None:
             seen |= descendants(process.pid)
@@ -113,14 +119,14 @@ def test_after_a_kill_of_the_simulation_ray_and_flower_end(
 
 @contextlib.contextmanager
 def ray_simulation(
-    trained: Any, data: Path, folder: Path, scratch: Path
+    trained: Any, data: Path, folder: Path, scratch: Path, parallel: int = 1
 ) -> Iterator["subprocess.Popen[bytes]"]:
     Approvals().add(read_model(trained.path), "test")
     command = [
         *(sys.executable, "-m", "dafne_federated.cli.app", "simulate", str(data), "--quiet"),
         *("--base", str(trained.path), "--run", str(folder / "run"), "--no-local-only"),
         *("--engine", "ray", "--rounds", "2", "--epochs", "3", "--threads", "2"),
-        *("--device", "cpu", "--margin", "0.2", "--max-rank", "8"),
+        *("--device", "cpu", "--margin", "0.2", "--max-rank", "8", "--parallel", str(parallel)),
     ]
     environment = {**os.environ, "TMPDIR": str(scratch)}
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as process:

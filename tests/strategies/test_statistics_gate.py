@@ -13,7 +13,9 @@ from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.wire import StatisticsReply, StatisticsRequest
 from dafne_federated.strategies.statistics_gate import (
     Answer,
+    capped_counts,
     capped_moments,
+    far_counts,
     far_moments,
     judge_statistics,
     other_grids,
@@ -161,3 +163,33 @@ def test_no_site_counts_more_slices_than_all_others_together() -> None:
     parts = [Moments(count, np.zeros(1), np.zeros(1)) for count in (10**9, 3, 4)]
     assert [part.count for part in capped_moments(parts)] == [7, 3, 4]
     assert capped_moments(parts[:2]) == parts[:2]
+
+
+def counting(*parts: tuple[int, tuple[int, ...], tuple[int, ...]]) -> dict[str, Answer]:
+    return {
+        f"site {n}": Answer("shared", slices=slices, classes=ClassCounts(pixels, holding))
+        for n, (slices, pixels, holding) in enumerate(parts)
+    }
+
+
+def test_no_site_counts_more_slices_of_a_label_than_all_others_together() -> None:
+    small = (4, (380, 20), (4, 3))
+    answers = list(counting((8000, (700_000, 100_000), (8000, 6000)), small, small).values())
+    great, *others = capped_counts(answers)
+    assert others == [answer.classes for answer in answers[1:]]
+    assert (great.slices, great.pixels) == ((8, 6), (700, 100))  # 8 slices, the same shares
+    assert capped_counts(answers[:2]) == [answer.classes for answer in answers[:2]]
+    rare = list(counting((100, (9990, 10), (100, 1)), small).values()) + answers[2:]
+    assert capped_counts(rare)[0] == ClassCounts((799, 10), (8, 1))  # a slice is left whole
+
+
+def test_counts_out_of_all_proportion_are_refused_by_channel() -> None:
+    honest = ((4, (380, 20), (4, 3)), (6, (560, 40), (6, 5)), (3, (270, 30), (3, 3)))
+    assert far_counts(counting(*honest)) == {}
+    reasons = far_counts(counting(*honest, (4, (10, 390), (4, 4))))
+    assert list(reasons) == ["site 3"]
+    assert "channel 1 has 97.5 pixels in a slice that holds it, expected" in reasons["site 3"]
+    # A label that a site lacks is nothing unusual, and two sites have no majority.
+    assert far_counts(counting(*honest, (4, (400, 0), (4, 0)))) == {}
+    assert far_counts(counting(honest[0], (4, (10, 390), (4, 4)))) == {}
+    assert far_counts({"a": Answer("failed")}) == {}

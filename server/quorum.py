@@ -1,0 +1,123 @@
+"""When a round closes: all have answered, or time is up and there are enough.
+
+1. It closes as soon as every site that was asked has answered.
+2. At the deadline it closes with what is there, if that is enough.
+3. Else it waits ``grace`` seconds longer, until it is enough.
+4. Else the sites that gave no answer are asked again, ``retries`` times, each with the same
+   deadline and grace. A refused answer would be the same again, so nobody asks for it.
+5. Else the caller ends the run; the round leaves nothing behind, and a run that is started again
+   begins with it.
+
+An asked-again site trains from the same state with the same seed, so that it does not matter which
+of the messages it answers. Every wait has an end: ``(deadline + grace) * (retries + 1)`` in all.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+
+from flwr.app import RecordDict
+
+from dafne_federated.core.settings import RunSettings
+from dafne_federated.core.strategy_table import BOUNDED_RULES, updates_suffice
+from dafne_federated.core.wire import record_bytes
+from dafne_federated.server.answers import Answer
+from dafne_federated.server.late_answers import LateAnswer
+from dafne_federated.server.questions import Ask, Question, Questions
+
+Answers = dict[str, Answer]
+Judge = Callable[[str, RecordDict | None, Ask], Answer]
+
+
+def collect(
+    questions: Questions,
+    asks: Mapping[str, Ask],
+    nodes: Mapping[str, int],
+    settings: RunSettings,
+    judge: Judge,
+    enough: Callable[[Answers, list[LateAnswer]], bool],
+    poll: float = 0.5,
+) -> tuple[Answers, list[LateAnswer], int]:
+    """Ask sites until the round closes.
+
+    Args:
+        questions: Where messages without an answer are kept from round to round.
+        asks: By site; all of one round.
+        nodes: Flower's node id by site.
+        settings: Those of the run.
+        judge: Called with each answer as soon as it is in.
+        enough: Whether the round may close with these answers.
+        poll: Pause between two looks, in seconds.
+
+    Returns:
+        The answers by site (silent sites are not in it), those to earlier rounds, and how often
+        the sites were asked.
+    """
+    answers: Answers = {}
+    late: list[LateAnswer] = []
+    number = next(iter(asks.values())).request.round
+    waiting = set(asks)
+    attempts = 0
+    while True:
+        attempts += 1
+        questions.ask(
+            {site: asks[site] for site in waiting}, nodes, settings.deadline + settings.grace
+        )
+        end = time.monotonic() + settings.deadline
+        while waiting:
+            found = questions.answers()
+            for question, content in found:
+                if question.round != number:
+                    if content is not None:  # else the transport gave up on it
+                        late.append(_late(question, content, judge))
+                    continue
+                site = question.site
+                answers[site] = judge(site, content, asks[site])
+                if not _may_yet(answers[site]):
+                    questions.forget(site, number)
+                if not questions.waits_for(site, number):
+                    waiting.discard(site)
+            if not waiting or found:  # what is in already is never late
+                continue
+            over = time.monotonic() - end
+            if over > 0 and (over > settings.grace or enough(answers, late)):
+                break
+            time.sleep(poll)
+        waiting = {site for site in asks if _may_yet(answers.get(site))}
+        if not waiting or attempts > settings.retries or enough(answers, late):
+            return answers, late, attempts
+
+
+def suffices(answers: Mapping[str, Answer], settings: RunSettings, trained: bool) -> bool:
+    """Return whether a round may close with these answers.
+
+    A round of training needs usable updates. The last evaluation needs as many sites that
+    measured the state, but for the bad ones that a robust rule bears; none where it decides
+    nothing.
+    """
+    if not trained:
+        measured = sum(answer.verdict.status == "ok" for answer in answers.values())
+        borne = settings.bad_sites if settings.robust in BOUNDED_RULES else 0
+        return settings.gate == "none" or measured >= settings.min_sites - borne
+    updates = sum(answer.verdict.update is not None for answer in answers.values())
+    return updates_suffice(
+        settings.robust, settings.bad_sites, settings.min_sites, updates, refused_here(answers)
+    )
+
+
+def refused_here(answers: Mapping[str, Answer]) -> int:
+    """Return how many answers were refused by the gate, and not by their site's own rules."""
+    verdicts = [answer.verdict for answer in answers.values()]
+    return sum(
+        v.status == "refused" and (v.reply is None or v.reply.status == "ok") for v in verdicts
+    )
+
+
+def _may_yet(answer: Answer | None) -> bool:
+    """Return whether asking a site again can bring more than it has answered."""
+    return answer is None or answer.verdict.status == "failed"
+
+
+def _late(question: Question, content: RecordDict, judge: Judge) -> LateAnswer:
+    ask = question.ask
+    answer = judge(question.site, content, ask) if ask else None
+    return LateAnswer(question.site, question.round, record_bytes(content), answer)
