@@ -20,6 +20,7 @@ from dafne_federated.cli.printable import printable
 from dafne_federated.cli.report import report
 from dafne_federated.cli.server import app as server
 from dafne_federated.cli.simulate import simulate
+from dafne_federated.cli.site import app as site
 from dafne_federated.cli.train import train
 from dafne_federated.core.errors import DafneFederatedError
 
@@ -43,6 +44,7 @@ app.command("evaluate")(evaluate)
 app.command("merge")(merge)
 app.command("report")(report)
 app.add_typer(server, name="server")
+app.add_typer(site, name="site")
 
 
 def main() -> None:

@@ -5,13 +5,24 @@ from typing import Annotated
 
 import typer
 
+from dafne_federated.cli.server_run import resume, run
+from dafne_federated.cli.server_status import status
+from dafne_federated.core.run_folder import RunFolder
+from dafne_federated.core.site_request import SiteRequest
 from dafne_federated.core.supervision import stop as stop_supervisor
 from dafne_federated.core.supervision import supervisor
 from dafne_federated.server.certificates import days_left
 from dafne_federated.server.deployment_folder import ServerFolder, ServerSettings, make_server
-from dafne_federated.server.deployment_processes import start_server
+from dafne_federated.server.deployment_processes import require_running, start_server
+from dafne_federated.server.deployment_runs import stop_run
+from dafne_federated.server.registration import register as register_site
+from dafne_federated.server.registration import registered_sites, site_states
+from dafne_federated.server.registration import revoke as revoke_site
 
 app = typer.Typer(help="The coordinator of a federation between hospitals.", no_args_is_help=True)
+app.command("run")(run)
+app.command("resume")(resume)
+app.command("status")(status)
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the coordinator.")]
 
 
@@ -50,12 +61,60 @@ def start(folder: Folder) -> None:
 
 
 @app.command("stop")
-def stop(folder: Folder) -> None:
-    """Stop the coordinator; a run that is under way can be resumed later.
+def stop(
+    folder: Folder,
+    name: Annotated[str, typer.Argument(metavar="[RUN]", help="Only this run.")] = "",
+) -> None:
+    """Stop a run, or without one the coordinator; a run that is stopped can be resumed.
 
-    Example: dafne-federated server stop coordinator
+    Example: dafne-federated server stop coordinator first
     """
     opened = ServerFolder(folder)
+    if name:
+        require_running(opened)
+        stop_run(opened, RunFolder(opened.run_path(name)))
+        print(f"stopped; resume it with: dafne-federated server resume {folder} {name}")
+        return
     running = supervisor(opened.lock)
     stopped = stop_supervisor(opened.lock)
     print(f"stopped (process {running})" if stopped else "it was not running")
+
+
+@app.command("register")
+def register(
+    folder: Folder,
+    name: Annotated[str, typer.Argument(help="Name of the site, as agreed.")],
+    request: Annotated[Path, typer.Argument(help="The request file that the site sent.")],
+) -> None:
+    """Let a site take part; compare the fingerprint with its people first.
+
+    Example: dafne-federated server register coordinator clinic clinic.request.json
+    """
+    site = register_site(ServerFolder(folder), name, SiteRequest.read(request))
+    print(f"registered {site.name!r}, fingerprint {site.fingerprint}")
+
+
+@app.command("revoke")
+def revoke(
+    folder: Folder, name: Annotated[str, typer.Argument(help="Name of a registered site.")]
+) -> None:
+    """Let a site take part no more; to come back it needs a new key.
+
+    Example: dafne-federated server revoke coordinator clinic
+    """
+    site = revoke_site(ServerFolder(folder), name)
+    print(f"revoked {site.name!r}, fingerprint {site.fingerprint}")
+
+
+@app.command("sites")
+def sites(folder: Folder) -> None:
+    """Show the registered sites, their fingerprints, and who is online.
+
+    Example: dafne-federated server sites coordinator
+    """
+    opened = ServerFolder(folder)
+    _ = opened.settings  # say what is wrong with the folder, if something is
+    states = site_states(opened) if supervisor(opened.lock) else {}
+    for site in registered_sites(opened):
+        state = "revoked" if site.revoked else states.get(site.name, "coordinator is stopped")
+        print(f"{site.name:<20} {state:<12} {site.registered}  {site.fingerprint}")

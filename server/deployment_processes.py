@@ -1,10 +1,12 @@
 """The programs of a coordinator: SuperLink, the one that starts runs, and the gateway."""
 
+import shutil
 import sys
 
+from dafne_federated.core.errors import RunError
 from dafne_federated.core.flower_command import answers, write_connection
 from dafne_federated.core.health import serving
-from dafne_federated.core.supervision import Program, supervise
+from dafne_federated.core.supervision import Program, supervise, supervisor
 from dafne_federated.server.deployment_folder import ServerFolder
 
 
@@ -45,6 +47,8 @@ def start_server(folder: ServerFolder) -> None:
         SettingsError: ``folder`` is not one of a coordinator.
         RunError: It runs already.
     """
+    # Flower uses what it unpacked earlier without looking at it again.
+    shutil.rmtree(folder.home / "apps", ignore_errors=True)
     write_connection(folder.home, folder.settings.local_port, folder.authority)
     supervise(server_programs(folder), folder.logs, folder.lock)
 
@@ -57,3 +61,18 @@ def server_health(folder: ServerFolder) -> dict[str, bool]:
         "runs": serving(first + 2),
         "gateway": answers(folder.settings.port),
     }
+
+
+def require_running(folder: ServerFolder) -> None:
+    """Refuse to ask anything of a coordinator that is not up.
+
+    Raises:
+        RunError: It was not started, or one of its programs is down.
+    """
+    if supervisor(folder.lock) is None:
+        start = f"'dafne-federated server start {folder.path}'"
+        msg = f"the coordinator is stopped; start it with {start}"
+        raise RunError(msg)
+    if down := sorted(name for name, up in server_health(folder).items() if not up):
+        msg = f"{', '.join(down)} of the coordinator is not up yet; see {folder.logs}"
+        raise RunError(msg)

@@ -7,6 +7,7 @@ records, and a site that says another one is refused.
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
@@ -132,7 +133,7 @@ def site_states(folder: ServerFolder) -> dict[str, str]:
     return {site.name: listed.get(site.node, "unknown") for site in sites}
 
 
-def _supernode(folder: ServerFolder, *arguments: str) -> dict[str, object]:
+def _supernode(folder: ServerFolder, *arguments: str) -> dict[str, Any]:
     return flwr(["supernode", *arguments], folder.environment, folder.home)
 
 
