@@ -19,7 +19,7 @@ from dafne_federated.core.settings import read_settings
 from dafne_federated.core.strategy_table import STRATEGY_TABLE
 from dafne_federated.server.deployment_folder import ServerFolder
 from dafne_federated.server.deployment_processes import require_running
-from dafne_federated.server.deployment_runs import Event, follow, launch
+from dafne_federated.server.deployment_runs import Event, follow, is_finished, launch
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the coordinator.")]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Name of the run.")]
@@ -90,7 +90,9 @@ def resume(folder: Folder, name: Run, quiet: Quiet = False) -> None:
     opened = ServerFolder(folder)
     require_running(opened)
     found = RunFolder(opened.run_path(name))
-    found.info()
+    if is_finished(found):
+        _print_result(found)
+        return
     _follow(opened, found, quiet)
 
 
@@ -104,6 +106,10 @@ def _follow(folder: ServerFolder, run: RunFolder, quiet: bool) -> None:
     except KeyboardInterrupt:
         print("The run goes on; 'dafne-federated server status' shows it.")
         raise typer.Exit(130) from None
+    _print_result(run)
+
+
+def _print_result(run: RunFolder) -> None:
     result = run.result()
     print(f"{'Released' if result.released else 'Nothing released'}: {result.reason}")
     if result.released:

@@ -75,7 +75,8 @@ def check_bundle(content: bytes) -> None:
         values = tomllib.loads(text)
         app = values["tool"]["flwr"]["app"]
         components = dict(app["components"])
-        others = set(values) - _TABLES | set(values["tool"]) - {"flwr"} | set(app) - _FLOWER_TABLES
+        others = set(values) - _TABLES | set(values["tool"]) - {"flwr"}
+        others |= set(values["tool"]["flwr"]) - {"app"} | set(app) - _FLOWER_TABLES
     except (ValueError, KeyError, TypeError, AttributeError):
         msg = f"{_NEEDED} in the bundle is not the configuration of a Flower app"
         raise ApprovalError(msg) from None

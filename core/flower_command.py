@@ -20,9 +20,8 @@ _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TF_CPP_MIN_LOG_LEVEL": "3",
-    "NO_PROXY": "127.0.0.1,localhost",
-    "no_proxy": "127.0.0.1,localhost",
 }
+_NO_PROXY = ("NO_PROXY", "no_proxy")
 
 
 def quiet_environment(home: Path, first_on_path: Sequence[Path] = ()) -> dict[str, str]:
@@ -36,7 +35,9 @@ def quiet_environment(home: Path, first_on_path: Sequence[Path] = ()) -> dict[st
     """
     folders = [*map(str, first_on_path), str(Path(sys.executable).parent)]
     path = os.pathsep.join([*folders, os.environ.get("PATH", "")])
-    return {**os.environ, **_QUIET, "FLWR_HOME": str(home), "PATH": path}
+    here = ["127.0.0.1", "localhost"]
+    direct = {name: ",".join([*here, *os.environ.get(name, "").split(",")]) for name in _NO_PROXY}
+    return {**os.environ, **_QUIET, **direct, "FLWR_HOME": str(home), "PATH": path}
 
 
 def write_connection(home: Path, port: int, authority: Path | None = None) -> None:
