@@ -116,6 +116,9 @@ def _print_result(run: RunFolder) -> None:
         print(f"model:  {run.release / result.release}")
         print(f"digest: {result.release_digest}")
         print(f"content digest: {result.content_digest}")
+    from dafne_federated.simulations.report import write_report
+
+    print(f"report: {write_report(run)}")
 
 
 @contextmanager

@@ -21,7 +21,6 @@ _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
-_NO_PROXY = ("NO_PROXY", "no_proxy")
 
 
 def quiet_environment(home: Path, first_on_path: Sequence[Path] = ()) -> dict[str, str]:
@@ -35,8 +34,10 @@ def quiet_environment(home: Path, first_on_path: Sequence[Path] = ()) -> dict[st
     """
     folders = [*map(str, first_on_path), str(Path(sys.executable).parent)]
     path = os.pathsep.join([*folders, os.environ.get("PATH", "")])
-    here = ["127.0.0.1", "localhost"]
-    direct = {name: ",".join([*here, *os.environ.get(name, "").split(",")]) for name in _NO_PROXY}
+    direct = {}
+    for name in ("NO_PROXY", "no_proxy"):
+        others = [host for host in os.environ.get(name, "").split(",") if host]
+        direct[name] = ",".join(["127.0.0.1", "localhost", *others])
     return {**os.environ, **_QUIET, **direct, "FLWR_HOME": str(home), "PATH": path}
 
 
