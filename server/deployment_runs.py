@@ -111,6 +111,7 @@ def stop_run(folder: ServerFolder, run: RunFolder) -> None:
     if not run.is_locked():
         msg = f"run {run.path.name!r} is not under way"
         raise RunError(msg)
+    run.event("stopped", reason="stopped by the coordinator's people")
     _stop_flower(folder, run)
     end = time.monotonic() + 60.0
     while run.is_locked():
