@@ -1,7 +1,5 @@
 """The programs of a site: Flower's SuperNode, and the one that starts the work it is given."""
 
-import shutil
-
 from dafne_federated.client.deployment_folder import SiteFolder
 from dafne_federated.client.guard import REFUSALS, write_guard
 from dafne_federated.core.flower_command import quiet_environment
@@ -44,8 +42,6 @@ def start_site(folder: SiteFolder) -> None:
     programs = site_programs(folder)
     _ = folder.settings  # say now what is wrong with them, not at the first message
     write_guard(folder.programs)
-    # Flower uses what it unpacked earlier without looking at it again.
-    shutil.rmtree(folder.home / "apps", ignore_errors=True)
     supervise(programs, folder.logs, folder.lock)
 
 

@@ -1,10 +1,11 @@
 """Flower's `flwr-clientapp`, behind a guard: only bundles without code, only our program.
 
 Flower starts this in place of its own program for every message, because its folder comes
-first on the path. A bundle that is more than configuration is refused before anything of it is
-unpacked; the refusal goes to the site's log in words, and to the server as Flower's own error.
+first on the path. A bundle that is more than configuration is refused, and the refusal goes to
+the site's log in words, and to the server as Flower's own error. No bundle is ever unpacked
+here: what runs is the installed program, whatever the server names.
 
-It replaces a name in a module of Flower 1.41 that is not public; a test watches over it.
+It replaces two names in a module of Flower 1.41 that are not public; a test watches over them.
 """
 
 import os
@@ -30,32 +31,41 @@ def write_guard(folder: Path) -> None:
     path.chmod(0o700)
 
 
-def guarded(unpack: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``unpack``, Flower's own function, behind a look at the bundle.
+def look_at_bundle(content: bytes, *_given: Any, **_named: Any) -> None:
+    """Refuse a bundle that is more than configuration; stands where Flower would unpack it.
 
-    It raises Flower's error of a program that cannot be loaded, which is reported without text.
+    Raises:
+        LoadClientAppError: Flower's error of a program that cannot be loaded. The server hears
+            of it without its text.
     """
     from flwr.clientapp.client_app import LoadClientAppError
 
-    def unpack_checked(content: bytes, *given: Any, **named: Any) -> Any:
-        try:
-            check_bundle(content)
-        except ApprovalError as error:
-            _note(f"bundle {sha256(content)[:16]} refused: {error}")
-            msg = "this site refuses the bundle"
-            raise LoadClientAppError(msg) from None
-        return unpack(content, *given, **named)
+    try:
+        check_bundle(content)
+    except ApprovalError as error:
+        _note(f"bundle {sha256(content)[:16]} refused: {error}")
+        msg = "this site refuses the bundle"
+        raise LoadClientAppError(msg) from None
 
-    return unpack_checked
+
+def installed_loader(*_given: Any, **_named: Any) -> Callable[..., Any]:
+    """Return what loads the installed program; stands where Flower would look into the bundle."""
+
+    def load(*_names: str) -> Any:
+        from dafne_federated.client.app import app
+
+        return app
+
+    return load
 
 
 def main() -> None:
-    """Do what Flower's own program does, with checked bundles."""
+    """Do what Flower's own program does, with checked bundles and the installed program."""
     import flwr.supernode.runtime.run_clientapp as runtime
     from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 
-    unpack = runtime.install_from_fab  # type: ignore[attr-defined]  # not public
-    runtime.install_from_fab = guarded(unpack)  # type: ignore[attr-defined]
+    runtime.install_from_fab = look_at_bundle  # type: ignore[attr-defined]  # not public
+    runtime.get_load_client_app_fn = installed_loader  # type: ignore[attr-defined]
     flwr_clientapp()
 
 

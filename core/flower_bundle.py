@@ -1,8 +1,8 @@
 """The Flower bundle of a federation: configuration only, and how a site tells.
 
-Flower sends every site a zip file, the bundle, and runs what is in it. Ours holds no code: it
-names the programs that each side has installed. A site that insists on this runs nothing that
-was sent to it.
+Flower sends every site a zip file, the bundle, puts its folder first on Python's path and runs
+what is in it. Ours holds no code: it names the programs that each side has installed. A site
+that insists on this runs nothing that was sent to it.
 """
 
 import io
@@ -64,8 +64,7 @@ run = {json.dumps(str(run.resolve()))}
 def check_bundle(content: bytes) -> None:
     """Refuse a bundle that is more than configuration, or names other programs than ours.
 
-    Nothing is unpacked. Flower puts the folder of a bundle first on Python's path, so any file
-    in it that Python could import would go before what is installed.
+    Nothing is unpacked.
 
     Raises:
         ApprovalError: In words, why; they hold nothing of the site.
