@@ -64,7 +64,7 @@ def main() -> None:
     import flwr.supernode.runtime.run_clientapp as runtime
     from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 
-    runtime.install_from_fab = look_at_bundle  # type: ignore[attr-defined]  # not public
+    runtime.install_from_fab = look_at_bundle  # type: ignore[attr-defined, assignment]
     runtime.get_load_client_app_fn = installed_loader  # type: ignore[attr-defined]
     flwr_clientapp()
 
