@@ -18,7 +18,9 @@ from dafne_federated.cli.methods import methods
 from dafne_federated.cli.new_task import new_task
 from dafne_federated.cli.printable import printable
 from dafne_federated.cli.report import report
+from dafne_federated.cli.server import app as server
 from dafne_federated.cli.simulate import simulate
+from dafne_federated.cli.site import app as site
 from dafne_federated.cli.train import train
 from dafne_federated.core.errors import DafneFederatedError
 
@@ -41,6 +43,8 @@ app.command("finetune")(finetune)
 app.command("evaluate")(evaluate)
 app.command("merge")(merge)
 app.command("report")(report)
+app.add_typer(server, name="server")
+app.add_typer(site, name="site")
 
 
 def main() -> None:

@@ -55,6 +55,8 @@ def consider_offer(message: Message, context: Context) -> Message:
         if plan.base_digest != offer.base_digest:
             msg = "the plan belongs to another base than the one offered"
             raise MessageError(msg)
+        if site.wants_to_see(plan.base_digest):
+            return _offer_reply(site, "need")
         site.consider(offer.run, plan)
         settings = site.settings
         return _offer_reply(
@@ -74,11 +76,16 @@ def store_base(message: Message, context: Context) -> Message:
 
     def act(site: Site) -> RecordDict:
         request = BaseModelBytes.from_record(message.content)
-        site.require_consent(request.base_digest)
+        unseen = site.inbox if site.wants_to_see(request.base_digest) else None
+        if unseen is None:
+            site.require_consent(request.base_digest)
         data = take_bytes(message.content, "base", LARGEST_BASE)
         if (digest := sha256(data)) != request.base_digest:
             msg = f"base model: expected digest {request.base_digest[:16]}, got {digest[:16]}"
             raise MessageError(msg)
+        if unseen is not None:  # people look at it; nobody agreed to it yet
+            unseen.keep(data)
+            site.require_consent(digest)
         site.cache.keep_base(data)
         return _base_reply(site, "stored")
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from dafne_federated.client.inbox import Inbox
 from dafne_federated.client.optimiser_files import OptimiserFiles
 from dafne_federated.client.site_cache import SiteCache
 from dafne_federated.client.site_data import SiteData
@@ -79,6 +80,7 @@ class Site:
         self.cache = SiteCache(settings.cache)
         self.approvals = Approvals(settings.approvals)
         self.data = SiteData(settings, self.cache)
+        self.inbox = Inbox(settings.inbox) if settings.inbox else None
 
     def consider(self, run: str, plan: AdaptationPlan) -> None:
         """Decide whether this site takes part in a run, and remember its plan.
@@ -98,6 +100,12 @@ class Site:
             raise ApprovalError(msg)
         self.cache.keep_plan(run, plan)
 
+    def wants_to_see(self, base_digest: str) -> bool:
+        """Return whether a base that nobody approved shall come to be looked at, as bytes."""
+        if self.inbox is None or self.approvals.allows(base_digest):
+            return False
+        return not self.inbox.has(base_digest)
+
     def require_consent(self, base_digest: str) -> None:
         """Refuse what this site's people did not agree to; asked again with every message.
 
@@ -105,7 +113,9 @@ class Site:
             ApprovalError: The base is not approved here, or there are too few cases.
         """
         if not self.approvals.allows(base_digest):
-            msg = f"base model {base_digest[:16]} is not approved at this site"
+            waits = self.inbox is not None and self.inbox.has(base_digest)
+            words = "waits for approval" if waits else "is not approved"
+            msg = f"base model {base_digest[:16]} {words} at this site"
             raise ApprovalError(msg)
         if len(self.settings.training) < self.settings.min_cases:
             msg = f"this site takes part with at least {self.settings.min_cases} training cases"

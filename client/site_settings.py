@@ -1,5 +1,6 @@
-"""What a site says about itself and allows, in one JSON file."""
+"""What a site says about itself and allows: TOML where people write it, JSON in simulations."""
 
+import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dafne_federated.core.errors import SettingsError
 from dafne_federated.core.wire import SiteName
+
+_PATHS = frozenset({"data", "cache", "bias_fields", "approvals", "inbox"})
 
 
 class SiteSettings(BaseModel):
@@ -22,6 +25,8 @@ class SiteSettings(BaseModel):
         bias_fields: Folder for bias fields, which depend on images alone; by default within
             ``cache``.
         approvals: The list of models that may run here.
+        inbox: Folder for bases that came and that nobody approved yet, to be looked at; without
+            it they are refused unread.
         classification: Class as Dafne names it, e.g. ``Thigh, Left``; empty for most models.
         label_names: The site's own name of a label, by the label of the model, where it differs.
         annotated: Labels of the model that were annotated here. By default those that the
@@ -62,6 +67,7 @@ class SiteSettings(BaseModel):
     cache: Path
     bias_fields: Path | None = None
     approvals: Path
+    inbox: Path | None = None
     classification: str = ""
     label_names: dict[str, str] = Field(default_factory=dict)
     annotated: tuple[str, ...] | None = None
@@ -82,10 +88,15 @@ class SiteSettings(BaseModel):
 def read_site(path: Path) -> SiteSettings:
     """Read the settings of a site.
 
+    In TOML names are written with hyphens, paths are relative to the file, and ``connection``
+    is left to those who start the site's programs.
+
     Raises:
         SettingsError: The file is missing or a setting is wrong.
     """
     try:
+        if path.suffix == ".toml":
+            return SiteSettings.model_validate(_toml_values(path))
         return SiteSettings.model_validate_json(path.read_bytes())
     except OSError as error:
         msg = f"{path}: cannot read the settings of the site: {error.strerror}"
@@ -94,6 +105,18 @@ def read_site(path: Path) -> SiteSettings:
         first = error.errors()[0]
         msg = f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise SettingsError(msg) from None
+    except ValueError as error:
+        msg = f"{path}: {error}"
+        raise SettingsError(msg) from None
+
+
+def _toml_values(path: Path) -> dict[str, Any]:
+    values = tomllib.loads(path.read_text(encoding="utf-8"))
+    values.pop("connection", None)
+    values = {name.replace("-", "_"): value for name, value in values.items()}
+    for name in _PATHS & values.keys():
+        values[name] = path.parent / str(values[name])
+    return values
 
 
 def site_of(context: Context) -> SiteSettings:

@@ -58,6 +58,14 @@ class Approvals:
         }
         write_atomic(self.path, json.dumps(entries, indent=2, sort_keys=True).encode())
 
+    def remove(self, digest: str) -> bool:
+        """Take an approval back; return whether there was one."""
+        entries = self.entries()
+        found = entries.pop(digest, None) is not None
+        if found:
+            write_atomic(self.path, json.dumps(entries, indent=2, sort_keys=True).encode())
+        return found
+
     def require(self, model: ModelFile) -> None:
         """Refuse a model that is not approved.
 

@@ -302,12 +302,28 @@ class RunFolder:
             RunError: Another process runs them.
         """
         with (self.path / "lock").open("ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            for attempt in range(5):
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError:
+                    if attempt < 4:  # it may only be somebody who looks whether it is held
+                        time.sleep(0.1)
+            else:
                 msg = f"another process is running the rounds of {str(self.path)!r}"
-                raise RunError(msg) from None
+                raise RunError(msg)
             yield
+
+    def is_locked(self) -> bool:
+        """Return whether some process is running the rounds of this folder."""
+        if not (self.path / "lock").exists():
+            return False
+        with (self.path / "lock").open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return True
+        return False
 
     def _checkpoint(self, number: int) -> Path:
         return self.path / "checkpoints" / f"round-{number:04d}.npz"

@@ -5,6 +5,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from dafne_federated.core.errors import DafneFederatedError
 from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.server.release import release
 from dafne_federated.server.rounds import run_rounds
@@ -17,6 +18,11 @@ def main(grid: Grid, context: Context) -> None:
     """Run all rounds that are left, then release what is better than the base."""
     folder = RunFolder(Path(str(context.run_config["run"])))
     with folder.lock():
-        run_rounds(grid, folder)
-        release(folder)
+        folder.event("started")
+        try:
+            run_rounds(grid, folder)
+            release(folder)
+        except DafneFederatedError as error:
+            folder.event("stopped", reason=str(error))
+            raise
         folder.event("finished")

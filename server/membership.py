@@ -82,7 +82,7 @@ def gather(grid: Grid, folder: RunFolder, info: RunInfo, plan: AdaptationPlan) -
     for number, content in sorted(replies.items()):
         node = by_number[number]
         if content is None:
-            members.declined[number] = "its program ended without an answer"
+            members.declined[registered.get(node) or number] = "its program ended without an answer"
             continue
         try:
             reply = OfferReply.from_record(content)
@@ -105,7 +105,8 @@ def gather(grid: Grid, folder: RunFolder, info: RunInfo, plan: AdaptationPlan) -
             members.bytes_up[name] = record_bytes(content)
             needing += [name] if reply.status == "need" else []
     for number in sorted(by_number.keys() - replies.keys()):
-        members.declined[number] = f"no answer within {settings.deadline:g} s"
+        name = registered.get(by_number[number]) or number
+        members.declined[name] = f"no answer within {settings.deadline:g} s"
     _send_base(grid, info, base, needing, members)
     for name, reason in sorted(members.declined.items()):
         log.warning("%s does not take part: %s", name, reason)

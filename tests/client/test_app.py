@@ -1,5 +1,6 @@
 """A site does only what its people agreed to, and nothing of it leaks when something fails."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("backend")]
 
 from flwr.app import RecordDict  # noqa: E402
 
+from dafne_federated.client.base_review import (  # noqa: E402
+    approve_base,
+    find_base,
+    waiting_bases,
+    withdraw_base,
+)
+from dafne_federated.client.site_settings import read_site  # noqa: E402
 from dafne_federated.core.adapters import AdaptedNetwork  # noqa: E402
 from dafne_federated.core.model_file import read_model  # noqa: E402
 from dafne_federated.core.model_runtime import RunningModel  # noqa: E402
@@ -43,6 +51,30 @@ def test_nothing_happens_without_approval(
     assert not list(site.path.glob("cache/**/*.model"))
     reply_ = RoundReply.from_record(site.round(plan))
     assert (reply_.status, "never offered" in reply_.reason) == ("refused", True)
+
+
+def test_an_unknown_base_comes_to_be_looked_at_and_nothing_more(
+    make_site: MakeSite, plan: AdaptationPlan, trained: Any, tmp_path: Path
+) -> None:
+    site = make_site(inbox=str(tmp_path / "inbox"))
+    data = trained.path.read_bytes()
+    assert site.offer(plan).status == "need"
+    damaged = site.send_base(data[:-1] + b"!", plan.base_digest)
+    assert "expected digest" in damaged.reason
+    answer = site.send_base(data, plan.base_digest)
+    words = f"base model {plan.base_digest[:16]} waits for approval at this site"
+    assert (answer.status, answer.reason) == ("refused", words)
+    assert (site.offer(plan).status, site.offer(plan).reason) == ("refused", words)
+    assert [path.read_bytes() for path in site.path.glob("inbox/*")] == [data]
+    assert not list(site.path.glob("cache/**/*.model"))
+    settings = read_site(site.path / "site.json")
+    (waiting,) = waiting_bases(settings)
+    assert (waiting.name, waiting.labels) == ("Squares", ("bright", "dark"))
+    approve_base(settings, find_base(settings, plan.base_digest[:10]), "test")
+    assert site.offer(plan).status == "have"
+    assert waiting_bases(settings) == []
+    withdraw_base(settings, plan.base_digest[:8])
+    assert site.offer(plan).status == "need"
 
 
 def test_a_doctored_base_is_not_kept(

@@ -175,3 +175,13 @@ def test_what_was_pooled_is_read_back_to_the_last_digit(folder: RunFolder) -> No
     path.write_bytes(path.read_bytes().replace(b'"slices":3', b'"slices":-3'))
     with pytest.raises(RunError, match=r"statistics\.json: moments\.0\.slices"):
         folder.pooled()
+
+
+def test_whether_it_is_locked_can_be_asked_without_taking_the_lock(folder: RunFolder) -> None:
+    assert not folder.is_locked()
+    with folder.lock():
+        assert folder.is_locked()
+        assert folder.is_locked()
+        with pytest.raises(RunError, match="another process"), folder.lock():
+            pass
+    assert not folder.is_locked()

@@ -1,11 +1,11 @@
-"""End every process of a Flower run: in whatever process group, and also after a kill.
+"""End every process of Flower that was started here: in whatever group, and also after a kill.
 
 Flower's SuperLink, its executors and Ray make process groups of their own, so one signal to
 one group does not reach them, and they outlive whoever started them. All inherit the
 environment: those with our mark in it, and whatever these started, are ours. A process of its
-own waits at a pipe for the one that runs the simulation to end, however that ends, and then
-ends the others. It reads ``/proc`` and therefore works on Linux; elsewhere only the process
-group of the SuperLink is reached.
+own waits at a pipe for the one that started them to end, however that ends, and then ends the
+others. It reads ``/proc`` and therefore works on Linux; elsewhere only the process group that
+is given is reached.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-MARK = "DAFNE_FEDERATED_RAY_RUN"
+MARK = "DAFNE_FEDERATED_PROCESSES"
 _PATIENCE = 10.0  # seconds to end by itself
 _POLL = 0.2  # seconds
 
@@ -33,14 +33,16 @@ class _Process:
 
 
 @contextlib.contextmanager
-def ended_afterwards(scratch: Path, group: int) -> Iterator[None]:
-    """End what bears the mark ``scratch`` when the block ends or this process is killed.
+def ended_afterwards(mark: str, group: int = 0, scratch: Path | None = None) -> Iterator[None]:
+    """End what bears a mark when the block ends or this process is killed.
 
     Args:
-        scratch: A folder of this run alone; the mark, and removed after a kill.
-        group: Process group of the SuperLink.
+        mark: Value of ``MARK`` in the environment of what was started here, and of nothing else.
+        group: A process group that is ended, too; 0 for none.
+        scratch: A folder that is removed, also after a kill.
     """
-    command = [sys.executable, "-m", __name__, str(scratch), str(group)]
+    command = [sys.executable, "-P", "-m", __name__, mark, str(group)]
+    command += [] if scratch is None else [str(scratch)]
     environment = {name: value for name, value in os.environ.items() if name != MARK}
     watcher = subprocess.Popen(
         command, stdin=subprocess.PIPE, env=environment, cwd="/", start_new_session=True
@@ -57,8 +59,9 @@ def end_marked(mark: str, group: int) -> None:
     for kind in (signal.SIGTERM, signal.SIGKILL):
         told: set[int] = set()
         end = time.monotonic() + _PATIENCE
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(group, kind)
+        if group:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(group, kind)
         while time.monotonic() < end and (ours := _ours(mark, ours)):
             for number in ours.keys() - told:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -95,10 +98,11 @@ def _living(mark: bytes) -> Iterator[_Process]:
 
 
 def _main() -> None:
-    scratch, group = sys.argv[1:]
+    mark, group, *scratch = sys.argv[1:]
     sys.stdin.buffer.read()  # ends when the other end of the pipe is closed, or its process gone
-    end_marked(scratch, int(group))
-    shutil.rmtree(scratch, ignore_errors=True)
+    end_marked(mark, int(group))
+    for folder in scratch:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
