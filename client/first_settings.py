@@ -50,7 +50,7 @@ classification = ""
 # Labels are matched by name. What a label of the model is called here, and which labels of the
 # model were annotated, where the folder itself does not tell; the others are left out of the loss.
 # annotated = ["left kidney"]
-# label-names = { "left kidney" = "kidney_L" }
+# label-names."left kidney" = "kidney_L"
 
 # What this site agrees to: it takes part only with so many training cases, and trains at most
 # so many epochs a round.

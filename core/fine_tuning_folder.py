@@ -24,11 +24,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from dafne_federated.core.errors import RunError
 from dafne_federated.core.files import private_folder, write_atomic
 from dafne_federated.core.fine_tuning_settings import FineTuningSettings
+from dafne_federated.core.json_record import read_record
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.state import State
 
@@ -210,16 +211,7 @@ class FineTuningFolder:
         Raises:
             RunError: This is no such folder, or its file is damaged.
         """
-        path = self.path / "run.json"
-        try:
-            return FineTuningInfo.model_validate_json(path.read_bytes())
-        except OSError:
-            msg = f"{path}: not found; is {str(self.path)!r} the folder of a fine-tuning?"
-            raise RunError(msg) from None
-        except ValidationError as error:
-            first = error.errors()[0]
-            msg = f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-            raise RunError(msg) from None
+        return read_record(self.path / "run.json", FineTuningInfo, "fine-tuning")
 
     def keep(self, progress: Progress) -> None:
         """Keep where the run stands, all or nothing."""

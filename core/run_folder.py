@@ -19,7 +19,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, Literal, TypeVar
+from typing import IO, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -27,13 +27,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dafne_federated.core.errors import RunError
 from dafne_federated.core.files import arrays_digest, private_folder, sha256, write_atomic
+from dafne_federated.core.json_record import read_record
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.pooled_statistics import PooledStatistics
 from dafne_federated.core.settings import RunSettings
 from dafne_federated.core.state import State, load_state, save_state
 from dafne_federated.core.stored_state import StoredState, keep_arrays
-
-Model = TypeVar("Model", bound=BaseModel)
 
 
 class RunInfo(BaseModel):
@@ -203,11 +202,11 @@ class RunFolder:
         Raises:
             RunError: This is not a run folder, or its file is damaged.
         """
-        return _read_json(self.path / "run.json", RunInfo)
+        return read_record(self.path / "run.json", RunInfo, "run")
 
     def plan(self) -> AdaptationPlan:
         """Return the plan; see ``info`` for errors, and: it must be the one of the run."""
-        plan = _read_json(self.path / "plan.json", AdaptationPlan)
+        plan = read_record(self.path / "plan.json", AdaptationPlan, "run")
         _same(self.path / "plan.json", self.info().plan_digest, plan.digest)
         return plan
 
@@ -224,7 +223,7 @@ class RunFolder:
     def pooled(self) -> PooledStatistics | None:
         """Return what the sites pooled, or None before that; see ``info`` for errors."""
         path = self.path / "statistics.json"
-        return _read_json(path, PooledStatistics) if path.exists() else None
+        return read_record(path, PooledStatistics, "run") if path.exists() else None
 
     def rounds(self) -> list[RoundLine]:
         """Return the lines of all rounds so far.
@@ -277,7 +276,7 @@ class RunFolder:
 
     def result(self) -> RunResult:
         """Return how the run ended; see ``info`` for errors."""
-        return _read_json(self.path / "result.json", RunResult)
+        return read_record(self.path / "result.json", RunResult, "run")
 
     def event(self, kind: str, **details: Any) -> None:
         """Append one event for whoever watches."""
@@ -338,15 +337,3 @@ def _same(path: Path, wanted: str, got: str) -> None:
 def _ends_line(file: IO[bytes]) -> bool:
     file.seek(-1, 2)
     return file.read(1) == b"\n"
-
-
-def _read_json(path: Path, kind: type[Model]) -> Model:
-    try:
-        return kind.model_validate_json(path.read_bytes())
-    except OSError:
-        msg = f"{path}: not found; is {str(path.parent)!r} the folder of a run?"
-        raise RunError(msg) from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        msg = f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise RunError(msg) from None
