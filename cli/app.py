@@ -15,6 +15,7 @@ from dafne_federated.cli.finetune import finetune
 from dafne_federated.cli.inspect import inspect
 from dafne_federated.cli.merge import merge
 from dafne_federated.cli.methods import methods
+from dafne_federated.cli.models import app as models
 from dafne_federated.cli.new_task import new_task
 from dafne_federated.cli.printable import printable
 from dafne_federated.cli.report import report
@@ -41,6 +42,7 @@ app.command("finetune")(finetune)
 app.command("evaluate")(evaluate)
 app.command("merge")(merge)
 app.command("report")(report)
+app.add_typer(models, name="models")
 
 
 def main() -> None:
