@@ -29,7 +29,7 @@ from dafne_federated.server.dafne_server import (
     list_models,
     model_versions,
 )
-from dafne_federated.server.dafne_upload import contribute, publish, require_base_newest
+from dafne_federated.server.publication import contribute, publish, require_base_newest
 
 MOVED = 3  # exit status: run again from the newest version, then push
 

@@ -19,8 +19,6 @@ from dafne_federated.server.dafne_connection import (
 )
 from dafne_federated.server.dafne_server import ModelVersions
 
-_BLOCK = 2**20
-
 
 def pull(
     connection: DafneConnection,
@@ -137,7 +135,7 @@ def _write(response: httpx.Response, partial: Path, first: int, told: Told | Non
         total = first + int(response.headers["Content-Length"])
     with partial.open("r+b" if first else "wb") as file:
         file.seek(first)
-        for block in response.iter_raw(_BLOCK):
+        for block in response.iter_raw():  # as they come: what arrived is kept
             file.write(block)
             if told is not None:
                 told(file.tell(), total)

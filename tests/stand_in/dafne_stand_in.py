@@ -82,6 +82,8 @@ class StandIn:
         else:
             body = await request.body()
             fields = json.loads(body) if body else dict(request.query_params)
+        if "range" in request.headers:
+            fields["range"] = request.headers["range"]
         self.requests.append((route, fields))
         self.before(route, fields)
         if self.answers.get(route):
@@ -229,7 +231,8 @@ class Running:
             routes=[Route("/api/{route}", stand_in.answer, methods=["GET", "POST"])],
         )
         config = uvicorn.Config(
-            app, host="127.0.0.1", port=0, log_config=None, date_header=False, lifespan="off",
+            app, host="127.0.0.1", port=0, log_config=None, log_level="critical",
+            date_header=False, lifespan="off",
             timeout_graceful_shutdown=1, **options,
         )  # fmt: skip
         self._server = uvicorn.Server(config)
