@@ -17,9 +17,9 @@ from rich.text import Text
 from dafne_federated.cli.output_file import check_output
 from dafne_federated.cli.printable import json_value, printable
 from dafne_federated.cli.release_origin import release_origin
-from dafne_federated.core.errors import SettingsError, VersionMovedError
+from dafne_federated.core.errors import ModelFileError, SettingsError, VersionMovedError
 from dafne_federated.core.merged_model import release_name
-from dafne_federated.core.model_file import ModelFile, read_model
+from dafne_federated.core.model_file import ModelFile, parse_model, read_model
 from dafne_federated.server.api_key import VARIABLE, find_key
 from dafne_federated.server.dafne_connection import DafneConnection, Told, server_address
 from dafne_federated.server.dafne_download import copy_model, pull
@@ -83,7 +83,8 @@ def show(
     console = Console()
     table = Table("version", "date", "SHA-256", title=Text(name), title_justify="left")
     for version in reversed(model.versions):
-        table.add_row(str(version), _date(version), model.digests.get(version, "(not stated)"))
+        digest = model.digests.get(version, "(not stated)")[:16]
+        table.add_row(str(version), _date(version), digest)
     console.print(table)
     if model.unfinished:
         console.print(Text(f"not ended uploads: {printable(', '.join(model.unfinished))}"))
@@ -116,7 +117,7 @@ def pull_command(
         check_output(target)
         with _progress(f"Downloading {name}", json_output) as told:
             kept = pull(connection, model, version, told=told)
-    read_model(kept)  # servers take any file
+    _require_model(kept, f"{name}: version {chosen}")
     copy_model(kept, target)
     if json_output:
         digest = model.digests[chosen]
@@ -212,6 +213,14 @@ def push(
 def _connect(server: str, key_file: Path | None) -> DafneConnection:
     address = server_address(server)
     return DafneConnection(address, find_key(address, key_file))
+
+
+def _require_model(path: Path, named: str) -> None:
+    try:
+        parse_model(path.read_bytes())
+    except ModelFileError as error:  # servers take any file
+        msg = f"{named} on the server is no model that can be read here: {error}"
+        raise ModelFileError(msg) from None
 
 
 def _ask(

@@ -62,6 +62,7 @@ def _from_keyring(address: str) -> str | None:
     import keyring.errors
 
     try:
-        return keyring.get_password(SERVICE, address)
+        found: str | None = keyring.get_password(SERVICE, address)
     except keyring.errors.KeyringError:  # no keyring on this machine, or a locked one
         return None
+    return found
