@@ -25,11 +25,14 @@ Told = Callable[[int, int], None]
 # Status codes that say "later" rather than "no"; a Dafne server says "no" with 500, too.
 _LATER = {408, 429, 502, 503, 504}
 _MEANING = {
+    200: "it sent a message, not a file",
+    400: "it did not get all of the request (its limit for uploads may be smaller)",
     401: "the key is unknown, or lacks the right to do this",
     403: "the key has no access to this model",
     404: "there is no such model or no such service",
     413: "the server takes no requests of this size",
 }
+_NO_MERGE = "the key lacks the merge permission of this model (administrators need it, too)"
 
 
 class RefusedError(ServerError):
@@ -152,7 +155,7 @@ class DafneConnection:
                 json={**fields, "api_key": self._key.get_secret_value()},
                 headers=headers,
             ) as response:
-                if response.status_code not in (200, 206):
+                if response.status_code not in (200, 206) or _is_message(response):
                     response.read()
                     self._refuse(route, response)
                 yield response
@@ -201,6 +204,8 @@ class DafneConnection:
             msg = f"{route}: the server points to {target!r}; give the address that it is at"
             raise RefusedError(msg, status)
         meaning = _MEANING.get(status, "it does not do this")
+        if status == 401 and route == "upload_merged_model":
+            meaning = _NO_MERGE
         msg = f"{route}: refused with status {status}, {meaning}: {self._said(response)}"
         raise RefusedError(msg, status)
 
@@ -258,6 +263,11 @@ def _loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _is_message(response: httpx.Response) -> bool:
+    """Return whether this is text for people: PHP reports its own errors with status 200."""
+    return response.headers.get("Content-Type", "").startswith(("text/html", "application/json"))
 
 
 def _json_object(response: httpx.Response) -> dict[str, Any] | None:

@@ -67,7 +67,7 @@ def pull(
         partial.unlink()
     msg = (
         f"{model.name}: version {version} arrived damaged twice: expected SHA-256 {digest[:16]}, "
-        f"got {got[:16]}"
+        f"got {got[:16]}; the file on the server, or the digest beside it, is not right"
     )
     raise ServerError(msg)
 

@@ -110,12 +110,21 @@ def _send_from(
     before_last()
     doubtful = False
 
+    def there() -> dict[str, Any] | None:
+        version = arrived() if doubtful and arrived is not None else None
+        return None if version is None else {"timestamp": version}
+
     def last() -> dict[str, Any]:
         nonlocal doubtful
-        if doubtful and arrived is not None and (version := arrived()) is not None:
-            return {"timestamp": version}
+        if (answer := there()) is not None:
+            return answer
         try:
             return send(upload.parts - 1)
+        except RefusedError:
+            # It was putting the parts together when it was asked, and now they are used up.
+            if (answer := there()) is not None:
+                return answer
+            raise
         except NoAnswerError as error:
             if not error.unsent and arrived is None:
                 msg = (

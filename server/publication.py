@@ -120,8 +120,8 @@ def publish(
     if version is None or version <= base:
         msg = (
             f"{name}: version {answer.get('timestamp', '(not said)')} on the server is not what "
-            "was sent; somebody may have uploaded in the same second. Look at the versions "
-            "before anybody uses it"
+            "was sent: somebody uploaded in the same second, or its model.json holds versions or "
+            "digests that hide the true ones. Look at the versions before anybody uses it"
         )
         raise ServerError(msg)
     beside = tuple(v for v in now.versions if v > base and v != version)

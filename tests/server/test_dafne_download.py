@@ -148,6 +148,15 @@ def test_without_a_digest_nothing_is_downloaded(
     assert stand_in.routes("get_model") == []
 
 
+def test_an_error_page_is_no_file(
+    stand_in: StandIn, connection: DafneConnection, model: ModelVersions, own_home: Path
+) -> None:
+    stand_in.answers["get_model"] = [(200, {"message": "Fatal error: out of memory"})]
+    with pytest.raises(ServerError, match=r"a message, not a file: Fatal error: out of memory"):
+        pull(connection, model)
+    assert list((own_home / "models").iterdir()) == []
+
+
 def test_a_version_that_is_not_there_is_refused(
     connection: DafneConnection, model: ModelVersions
 ) -> None:

@@ -208,6 +208,50 @@ def test_an_answer_that_is_lost_makes_no_second_version(
     assert newest(stand_in) == DATA
 
 
+def test_a_part_that_is_used_up_while_its_answer_is_lost_is_no_failure(
+    stand_in: StandIn, connection: DafneConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The file appears only after the next look, as when putting it together takes long.
+    kept: dict[str, bytes] = {}
+    looks = iter(range(99))
+    info = stand_in._info_model
+
+    def late(fields: dict[str, Any], *rest: Any) -> Any:
+        if next(looks) == 3:
+            stand_in.models["Thigh"].update(kept)
+        return info(fields, *rest)
+
+    def hide() -> None:
+        (new,) = (v for v, data in stand_in.models["Thigh"].items() if data == DATA)
+        kept[new] = stand_in.models["Thigh"].pop(new)
+
+    monkeypatch.setattr(stand_in, "_info_model", late)
+    upload = stand_in._php_upload_merged_model
+
+    def slow(fields: dict[str, Any], file: bytes, rest: Any) -> Any:
+        answer = upload(fields, file, rest)
+        if fields["chunk_index"] == "3" and not kept:
+            hide()
+            stand_in.lost = 1
+        return answer
+
+    monkeypatch.setattr(stand_in, "_php_upload_merged_model", slow)
+    done = publish_data(connection)
+    assert len(stand_in.routes("upload_merged_model")) == 5  # the last part was refused once
+    assert (newest(stand_in), done.digest) == (DATA, digest(DATA))
+
+
+def test_a_model_json_that_hides_the_true_versions_is_noticed(
+    stand_in: StandIn, connection: DafneConnection
+) -> None:
+    stand_in.about["Thigh"] = {
+        "latest_timestamp": str(START), "timestamps": [str(START)],
+        "hashes": {str(START): digest(BASE)},
+    }  # fmt: skip
+    with pytest.raises(ServerError, match=r"not what was sent: .* model\.json holds versions"):
+        publish_data(connection)
+
+
 def test_parts_that_a_busy_server_turns_away_are_sent_again(
     stand_in: StandIn, connection: DafneConnection
 ) -> None:
@@ -239,7 +283,7 @@ def test_without_the_merge_permission_nothing_changes(
 ) -> None:
     stand_in.may_merge = set()
     with pytest.raises(
-        RefusedError, match=r"status 401, .* lacks the right .*: No merge permission"
+        RefusedError, match=r"status 401, .* lacks the merge permission .*invalid access code"
     ):
         publish_data(connection)
     assert newest(stand_in) == BASE
@@ -253,7 +297,7 @@ def test_damage_on_the_way_leaves_the_newest_version(
         parts[0] = b"damaged"
 
     on(stand_in, "upload_merged_model", 4, damage)
-    with pytest.raises(RefusedError, match=r"422, .*: checksum mismatch"):
+    with pytest.raises(RefusedError, match=r"422, .*: SHA-256 checksum mismatch"):
         publish_data(connection)
     assert newest(stand_in) == BASE
     stand_in.before = lambda *_: None

@@ -32,12 +32,14 @@ class StandIn:
         pending: What contributors sent: model, file name, dice, bytes.
         parts: Parts of uploads by name of the upload.
         may_merge: Models for which the key has the merge permission.
+        access: Models that the key has access to; all of them for None.
         requests: Routes and fields so far, without files.
         answers: Replace the next answers of a route: status and content.
         before: Called with route and fields before an answer is made.
         breaks: Sizes after which the next downloads break off.
         lost: How many of the next upload answers are lost after the work is done.
         ranges: Whether the rest of a file can be asked for.
+        damage: How many of the next downloads arrive with a wrong byte.
     """
 
     def __init__(self, dialect: str = "php") -> None:
@@ -94,14 +96,9 @@ class StandIn:
                 return Response(b"", status, headers=content)
             return JSONResponse(content, status)
         if fields.get("api_key") != KEY:
-            return JSONResponse({"message": "Invalid access code"}, 401)
-        name = fields.get("model_type")
-        if name is not None and name not in self.models:
-            if self.dialect == "fastapi":
-                return PlainTextResponse("Internal Server Error", 500)
-            return JSONResponse({"message": "Model not found"}, 404)
-        if name is not None and self.access is not None and name not in self.access:
-            return JSONResponse({"message": "Access denied"}, 403)
+            return JSONResponse({"message": "invalid access code"}, 401)
+        if refusal := self._refusal(route, fields.get("model_type")):
+            return refusal
         handler = getattr(self, f"_{self.dialect}_{route}", None) or getattr(
             self, f"_{route}", None
         )
@@ -113,6 +110,18 @@ class StandIn:
             return StreamingResponse(broken(b"", 0), headers={"Content-Length": "9"})
         response.headers["Date"] = formatdate(self._now, usegmt=True)
         return response
+
+    def _refusal(self, route: str, name: str | None) -> Response | None:
+        if self.dialect == "fastapi":
+            known = name is None or name in self.models
+            return None if known else PlainTextResponse("Internal Server Error", 500)
+        if route == "upload_merged_model":
+            if name not in self.may_merge:
+                return JSONResponse({"message": "invalid access code"}, 401)
+            return None if name in self.models else JSONResponse({"message": "unknown"}, 404)
+        if name is not None and name not in (self.models if self.access is None else self.access):
+            return JSONResponse({"message": "access denied for this model"}, 403)
+        return None
 
     def _get_available_models(self, *_: Any) -> Response:
         extra = ["log.txt"] if self.dialect == "fastapi" else []
@@ -133,7 +142,7 @@ class StandIn:
         content: dict[str, Any] = {
             "latest_timestamp": latest,
             "hash": digest(files[latest]) if latest in files else "",
-            "hashes": {stamp: digest(data) for stamp, data in files.items()},
+            "hashes": {s: digest(files[s]) if s in files else "" for s in stamps},
             "timestamps": stamps,
         }
         if self.dialect == "php":
@@ -164,21 +173,20 @@ class StandIn:
             headers["Content-Length"] = str(len(data) - first)
             headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
         end = self.breaks.pop(0) if self.breaks else len(data)
-        return StreamingResponse(broken(data[first:], end - first), status, headers)
+        kind = "application/octet-stream"
+        return StreamingResponse(broken(data[first:], end - first), status, headers, kind)
 
     # The PHP server
 
     def _php_upload_merged_model(self, fields: dict[str, Any], file: bytes, _: Any) -> Response:
         name = fields["model_type"]
-        if name not in self.may_merge:
-            return JSONResponse({"message": "No merge permission"}, 401)
         if not fields.get("sha256"):
             return JSONResponse({"message": "sha256 missing"}, 400)
         data = self._assembled(fields, file)
         if isinstance(data, Response):
             return data
         if digest(data) != fields["sha256"]:
-            return JSONResponse({"message": "checksum mismatch"}, 422)
+            return JSONResponse({"message": "SHA-256 checksum mismatch"}, 422)
         stamp = self.clock()
         self.models[name][str(stamp)] = data  # also over another one of this second
         return JSONResponse({"message": "upload successful", "timestamp": stamp})
@@ -188,7 +196,7 @@ class StandIn:
         if isinstance(data, Response):
             return data
         if fields.get("original_hash", digest(data)) != digest(data):
-            return JSONResponse({"message": "hash mismatch"}, 500)
+            return JSONResponse({"message": "Communication error during upload"}, 500)
         stamp = str(self.clock())
         self.pending.append((fields["model_type"], stamp, fields.get("dice", ""), data))
         return JSONResponse({"message": "upload successful"})
@@ -201,11 +209,13 @@ class StandIn:
         parts[index] = file
         if index < total - 1:
             return JSONResponse({"message": "chunk received"})
+        joined = b""
         for number in range(total):
             if number not in parts:
                 return JSONResponse({"message": f"missing chunk {number}"}, 500)
+            joined += parts.pop(number)  # used up, even if a later one is missing
         del self.parts[fields["filename"]]
-        return b"".join(parts[number] for number in range(total))
+        return joined
 
     # The FastAPI server
 
