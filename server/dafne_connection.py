@@ -267,7 +267,8 @@ def _loopback(host: str) -> bool:
 
 def _is_message(response: httpx.Response) -> bool:
     """Return whether this is text for people: PHP reports its own errors with status 200."""
-    return response.headers.get("Content-Type", "").startswith(("text/html", "application/json"))
+    kind: str = response.headers.get("Content-Type", "")
+    return kind.startswith(("text/html", "application/json"))
 
 
 def _json_object(response: httpx.Response) -> dict[str, Any] | None:
