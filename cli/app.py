@@ -8,6 +8,7 @@ from typing import Never
 import typer
 from pydantic import ValidationError
 
+from dafne_federated.cli.adopt import adopt
 from dafne_federated.cli.approve import approve
 from dafne_federated.cli.check_data import check_data
 from dafne_federated.cli.evaluate import evaluate
@@ -41,6 +42,7 @@ app.command("train")(train)
 app.command("finetune")(finetune)
 app.command("evaluate")(evaluate)
 app.command("merge")(merge)
+app.command("adopt")(adopt)
 app.command("report")(report)
 app.add_typer(models, name="models")
 
