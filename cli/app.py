@@ -8,6 +8,7 @@ from typing import Never
 import typer
 from pydantic import ValidationError
 
+from dafne_federated.cli.adopt import adopt
 from dafne_federated.cli.approve import approve
 from dafne_federated.cli.check_data import check_data
 from dafne_federated.cli.evaluate import evaluate
@@ -15,6 +16,7 @@ from dafne_federated.cli.finetune import finetune
 from dafne_federated.cli.inspect import inspect
 from dafne_federated.cli.merge import merge
 from dafne_federated.cli.methods import methods
+from dafne_federated.cli.models import app as models
 from dafne_federated.cli.new_task import new_task
 from dafne_federated.cli.printable import printable
 from dafne_federated.cli.report import report
@@ -42,9 +44,11 @@ app.command("train")(train)
 app.command("finetune")(finetune)
 app.command("evaluate")(evaluate)
 app.command("merge")(merge)
+app.command("adopt")(adopt)
 app.command("report")(report)
 app.add_typer(server, name="server")
 app.add_typer(site, name="site")
+app.add_typer(models, name="models")
 
 
 def main() -> None:

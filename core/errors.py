@@ -9,6 +9,8 @@
   - MessageError     a message from the other side is not what the protocol says
   - SettingsError    a setting is unknown, missing or out of range
   - RunError         a federation could not start, go on or end
+  - ServerError      a Dafne server cannot be reached, refuses, or did not keep what it was sent
+    - VersionMovedError  somebody published another version meanwhile
 """
 
 
@@ -46,3 +48,22 @@ class SettingsError(DafneFederatedError):
 
 class RunError(DafneFederatedError):
     """A federation could not start, go on or end."""
+
+
+class ServerError(DafneFederatedError):
+    """A Dafne server cannot be reached, refuses, or did not keep what it was sent."""
+
+
+class VersionMovedError(ServerError):
+    """The newest version on a Dafne server is not the one that a model was adapted from.
+
+    Attributes:
+        base: The version that the model follows, seconds since 1970; None if the server has none
+            of that digest.
+        latest: The newest version on the server.
+    """
+
+    def __init__(self, message: str, base: int | None, latest: int) -> None:
+        super().__init__(message)
+        self.base = base
+        self.latest = latest

@@ -1,12 +1,14 @@
 """What many tests share: places, a small network, and a model of ours on disk."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from dafne_stand_in import Running, StandIn
 
 from dafne_federated.core.approvals import Approvals
 from dafne_federated.core.plan import AdaptationPlan, Target
@@ -47,6 +49,21 @@ def backend() -> None:
     from dafne_federated.core.backend import prepare_backend
 
     prepare_backend(threads=2, device="cpu")
+
+
+@pytest.fixture
+def start_server() -> Iterator[Callable[..., tuple[StandIn, str]]]:
+    """A function that starts a stand-in for a Dafne server and returns it with its address."""
+    servers = []
+
+    def start(dialect: str = "php", **options: Any) -> tuple[StandIn, str]:
+        stand_in = StandIn(dialect)
+        servers.append(Running(stand_in, **options))
+        return stand_in, servers[-1].address
+
+    yield start
+    for server in servers:
+        server.stop()
 
 
 def square_case(name: str, seed: int, size: int = 40, slices: int = 4) -> Case:
