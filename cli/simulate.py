@@ -79,16 +79,17 @@ def simulate(
         str | None, typer.Option(help="none, or person: noise hides each. By default none.")
     ] = None,
     noise: Annotated[
-        float | None, typer.Option(help="With person: multiple of the clip. [2]")
+        float | None, typer.Option(help="With privacy person: a multiple of the clip. [2]")
     ] = None,
     clip: Annotated[
-        float | None, typer.Option(help="With person: most that one adds to a step. [0.1]")
+        float | None, typer.Option(help="With privacy person: most that one adds to a step. [0.1]")
     ] = None,
     person_rate: Annotated[
-        float | None, typer.Option(help="With person: share of persons in a step. [0.5]")
+        float | None, typer.Option(help="With privacy person: share of persons in a step. [0.5]")
     ] = None,
     optimiser: Annotated[
-        str | None, typer.Option(help="Of the sites, fresh or kept between rounds.")
+        str | None,
+        typer.Option(help="Of the sites: fresh in each round, or kept. By default fresh."),
     ] = None,
     proximal: Annotated[
         float | None, typer.Option(help="How strongly sites hold to what they received. [0]")
@@ -97,10 +98,10 @@ def simulate(
         str | None, typer.Option(help="none, momentum or adam. By default none.")
     ] = None,
     server_rate: Annotated[
-        float | None, typer.Option(help="Of its steps. [1, with adam 0.01]")
+        float | None, typer.Option(help="Of the server: size of its steps. [1, with adam 0.01]")
     ] = None,
     server_momentum: Annotated[
-        float | None, typer.Option(help="How much of its memory stays in a round. [0.9]")
+        float | None, typer.Option(help="Of the server: how much of its memory stays. [0.9]")
     ] = None,
     local_rank: Annotated[
         int | None, typer.Option(help="With global+local: rank of each site's own part. [2]")

@@ -30,11 +30,11 @@ the mean of both factors is no sum of what the sites changed.
 
 With privacy 'person' each site adds the noise before anything leaves it, so what the server
 makes of it costs nothing more and every strategy and robust rule holds. The last column says in
-how many factors of a pair there is noise in one round: noise in both multiplies, so 'frozen-a'
-keeps most of the accuracy, 'alternating' comes next (https://arxiv.org/abs/2403.12313). Factors
-that stay at their site ('shared-a', 'global+local') are clipped and get noise together with what
-leaves. Refused are pooled statistics and pooled class weights, which leave without noise, and
-kept optimisers and a proximal term, for private steps have neither.
+how many factors of a pair there is noise in one round: noise in both multiplies
+(https://arxiv.org/abs/2403.12313), so 'frozen-a' suits it best. Factors that stay at their site
+('shared-a', 'global+local') are clipped and get noise together with what leaves. Refused are
+pooled statistics and pooled class weights, which leave without noise, and kept optimisers and a
+proximal term, for private steps have neither.
 """
 
 from dataclasses import dataclass

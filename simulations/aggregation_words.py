@@ -8,6 +8,10 @@ from dafne_federated.core.strategy_table import STRATEGY_TABLE
 
 _MEANS = {
     "product": "what the cut of the mean update to rank {rank} left out",
+    "global+local": (
+        "what the cut of the mean update of the global part to rank {rank} left out; the parts "
+        "that stay at the sites are not in it"
+    ),
     "stack": "what is beyond the {bound} directions that max-rank allows; the rest is exact",
     "factors": (
         "how far the product of the mean factors is from the mean of the products, by cross terms "

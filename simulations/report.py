@@ -15,7 +15,7 @@ from dafne_federated.core.files import write_atomic
 from dafne_federated.core.model_file import parse_model
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RoundLine, RunFolder, RunResult
-from dafne_federated.core.strategy_table import round_rule
+from dafne_federated.core.strategy_table import STRATEGY_TABLE, round_rule
 from dafne_federated.simulations.aggregation_words import aggregation_words
 from dafne_federated.simulations.comparison import Comparison, Person, compare, persons_to_show
 from dafne_federated.simulations.figures import Picture, dice_by_arm, dice_by_round, line_swatch
@@ -145,6 +145,7 @@ def write_report(folder: RunFolder) -> Path:
         "release_check": load_release_check(folder),
         "aggregation": aggregation_words(info, plan, rounds),
         "personal": bool(round_rule(info.settings.strategy, 1).personal),
+        "local": STRATEGY_TABLE[info.settings.strategy].local,
         "comparison": comparison,
         "verdict": verdict(info, rounds, result, comparison),
         "sites": sites,

@@ -47,11 +47,12 @@ def words(
 def test_each_strategy_says_what_its_error_is(small_plan: AdaptationPlan) -> None:
     found = {name: words(small_plan, name, [0.125, 0.04, None]) for name in STRATEGY_TABLE}
     shown = "by round, as a share of the exact mean update: 12.5\u202f%, 4\u202f%."
-    for name in ("product", "stack", "factors"):
+    for name in ("product", "stack", "factors", "global+local"):
         assert shown in found[name]
     assert "the cut of the mean update to rank 2" in found["product"]
     assert "beyond the 6 directions that max-rank allows" in found["stack"]
     assert "cross terms" in found["factors"]
+    assert "of the global part to rank 2" in found["global+local"]
     for name in ("frozen-a", "alternating"):
         assert "none; one factor of each pair is the same at all sites" in found[name]
     assert "nobody but the sites knows what their own factors do" in found["shared-a"]
