@@ -11,7 +11,7 @@ from flwr.app import RecordDict
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.rank_cut import Cut, completed
 from dafne_federated.core.run_folder import RoundLine, RunFolder
-from dafne_federated.core.wire import RoundRequest, record_bytes
+from dafne_federated.core.wire import RoundReply, RoundRequest, record_bytes
 from dafne_federated.strategies.outliers import grown_too_fast, too_large, update_norm
 from dafne_federated.strategies.update_gate import Verdict, judge
 
@@ -25,12 +25,15 @@ class Answer:
         bytes: Size of its records.
         norm: How far its update moves the base; 0 without one.
         late: Whether its update is one of the round before; see ``late_answers.py``.
+        training: What the site said beside its update, in this round or, if late, in the one
+            before; None without an update.
     """
 
     verdict: Verdict
     bytes: int = 0
     norm: float = 0.0
     late: bool = False
+    training: RoundReply | None = None
 
 
 def receive(
@@ -65,35 +68,44 @@ def receive(
         arrays = completed(dict(arrays), cut.rest)
     kept = folder.keep_update(f"{request.round}/{site}", arrays)  # a late one may stand beside it
     update = replace(verdict.update, state=kept)
-    return Answer(replace(verdict, update=update), size, norm)
+    return Answer(replace(verdict, update=update), size, norm, training=verdict.reply)
 
 
-def lacked(plan: AdaptationPlan, verdict: Verdict) -> tuple[str, ...]:
-    """Return the labels that a site says nobody annotated there, by name."""
-    missing = (verdict.reply.missing if verdict.reply else None) or ()
+def lacked(plan: AdaptationPlan, answer: Answer) -> tuple[str, ...]:
+    """Return the labels that nobody annotated where an update comes from, by name."""
+    missing = (answer.training.missing if answer.training else None) or ()
     return tuple(plan.labels[channel - 1] for channel in missing)
 
 
 def with_same_labels(
     answers: Mapping[str, Answer], plan: AdaptationPlan, lines: list[RoundLine]
 ) -> dict[str, Answer]:
-    """Return the answers with those refused whose site lacked other labels before.
+    """Return the answers with updates refused whose site lacked other labels before.
 
-    What a site annotated is one thing throughout a run; else its Dice and updates of different
-    rounds would be about different labels.
+    What a site annotated is one thing throughout a run; else its updates of different rounds
+    would be about different labels.
 
     Args:
         answers: By site.
         plan: The plan of the run.
         lines: The rounds before.
     """
-    before = {name: s.lacks for line in lines for name, s in line.sites.items() if s.status == "ok"}
+    before = {
+        name: own.lacks
+        for line in lines
+        for name, own in line.sites.items()
+        if line.trained and own.training_cases
+    }
     checked = dict(answers)
     for site, answer in answers.items():
-        now = lacked(plan, answer.verdict)
-        if answer.verdict.status == "ok" and now != (then := before.get(site, now)):
-            reason = f"its labels: expected it to lack {list(then)} as before, got {list(now)}"
-            checked[site] = replace(answer, verdict=Verdict("refused", reason))
+        now = lacked(plan, answer)
+        if answer.verdict.update is not None and now != (then := before.get(site, now)):
+            reason = (
+                f"its labels: expected it to lack {list(then)} as before, got {list(now)}; it must "
+                "go back to them, or a new run be started"
+            )
+            verdict = Verdict("refused", reason, answer.verdict.reply)
+            checked[site] = replace(answer, verdict=verdict, late=False)
     return checked
 
 

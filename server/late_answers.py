@@ -59,5 +59,7 @@ def with_late(
         said = f"{own.verdict.reason}; " if own.verdict.reason else ""
         reason = f"{said}its update of round {item.round} came late and is used"
         verdict = Verdict("ok", reason, own.verdict.reply, update)
-        result[item.site] = replace(own, verdict=verdict, norm=item.answer.norm, late=True)
+        result[item.site] = replace(
+            own, verdict=verdict, norm=item.answer.norm, late=True, training=item.answer.training
+        )
     return result

@@ -199,6 +199,9 @@ def why_not(base: Scores, candidate: Scores, margin: float) -> str:
                 return f"{label} of {site} was measured for the base but not for this state"
             if before is not None and after is not None and after < before - margin:
                 return f"{label} of {site} falls from {before:.3f} to {after:.3f}"
+    for site, labels in sorted(candidate.items()):
+        if site not in base and any(value is not None for value in labels.values()):
+            return f"{site} has never measured the base, so nobody knows what it would lose"
     before, after = (mean_score(scores) for scores in compared(base, candidate))
     if before is None or after is None:
         return "no site measured a Dice for the base and for this state"

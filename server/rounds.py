@@ -272,11 +272,12 @@ def _site_round(plan: AdaptationPlan, answer: Answer, asked: bool, down: int, up
         fields = {
             "dice": {label: value for label, value, _ in rows},
             "dice_cases": {label: count for label, _, count in rows},
-            # Spent, whatever became of the update.
-            "epsilon": reply.epsilon,
-            "delta": reply.delta,
-            "steps": reply.steps,
         }
+    if (spent := answer.training or reply) is not None and spent.status == "ok":
+        # Whatever became of the update.
+        fields |= {"epsilon": spent.epsilon, "delta": spent.delta, "steps": spent.steps}
+    if verdict.update is not None:
+        fields["lacks"] = lacked(plan, answer)
     if answer.late and verdict.update is not None:
         fields |= {"training_cases": verdict.update.cases, "update_norm": answer.norm}
     elif reply is not None and verdict.status == "ok":
@@ -288,7 +289,6 @@ def _site_round(plan: AdaptationPlan, answer: Answer, asked: bool, down: int, up
             "evaluation_seconds": reply.evaluation_seconds,
             "device": reply.device,
             "update_norm": answer.norm,
-            "lacks": lacked(plan, verdict),
         }
     return SiteRound.model_validate(
         {

@@ -23,7 +23,8 @@ def clipped(
     pairs in their product. With ``c`` the bound by the size of a change, ``sent + c (update -
     sent)`` is what is averaged; the mean of these is a weighted mean of the updates and of what
     was sent, so the rule needs no arrays of its own: an update counts ``c`` of its weight, and
-    the rest of the weight goes to what was sent, as one update more. A strategy that cuts to a
+    the rest of the weight goes to what was sent, as one update more (in a column of the output
+    layer only if the site annotated its label). A strategy that cuts to a
     rank then cuts once, and one that keeps a factor finds the same one in what was sent. With
     strategy ``factors``, which does not average products, the bound holds to first order.
 
@@ -41,14 +42,16 @@ def clipped(
     """
     norms = {update.site: change_norm(plan, update.state, sent) for update in updates}
     bound = statistics.median_low(norms.values())
-    kept, left = [], 0.0
+    kept: list[Update] = []
+    left: dict[tuple[tuple[str, tuple[int, ...]], ...], float] = {}  # by what the sites lack
     for update in sorted(capped(updates), key=lambda update: update.site):
         share = update.share
         if norms[update.site] > bound:
             share *= bound / norms[update.site]
-            left += update.cases * (update.share - share)
+            lacks = tuple(sorted(update.missing.items()))
+            left[lacks] = left.get(lacks, 0.0) + update.cases * (update.share - share)
         kept.append(replace(update, share=share))
-    return [*kept, Update(SENT, sent, 1, left)] if left else kept
+    return kept + [Update(SENT, sent, 1, weight, dict(lacks)) for lacks, weight in left.items()]
 
 
 def change_norm(plan: AdaptationPlan, state: Arrays, sent: Arrays) -> float:

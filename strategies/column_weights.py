@@ -56,7 +56,8 @@ def column_weights(
 
     Returns:
         ``weights`` themselves where nothing is missing; else (channels,) float64 each. A column
-        that all sites lack keeps ``weights``: it moved with the others everywhere.
+        that all sites lack keeps ``weights``: it moved with the others everywhere. In a column
+        that three sites or more annotated none of them has more than half.
     """
     if not any(missing):
         return list(weights)
@@ -67,5 +68,19 @@ def column_weights(
         total = math.fsum(each[:, channel])
         whole = all(channel not in columns for columns in missing)
         if not whole:  # one that nobody lacks keeps its weights, bit for bit
-            each[:, channel] = each[:, channel] / total if total > 0 else weights
+            each[:, channel] = _capped(each[:, channel] / total) if total > 0 else weights
     return list(each)
+
+
+def _capped(column: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return weights of which none is above one half, where three sites or more have one.
+
+    ``capped`` of the updates sees the weights of all sites together.
+    """
+    largest = int(column.argmax())
+    others = math.fsum(column) - column[largest]
+    if np.count_nonzero(column) < 3 or column[largest] <= others:
+        return column
+    column = column / (2 * others)
+    column[largest] = 0.5
+    return column

@@ -49,11 +49,16 @@ def test_a_label_that_falls_at_one_site_stops_a_state_that_gains_on_average() ->
 
 
 def test_only_what_was_measured_for_both_is_compared() -> None:
-    base = {"a": {"x": 0.60}}
-    late = {"a": {"x": 0.59}, "b": {"x": 0.95}}  # b was silent when the base was measured
-    assert "does not rise (0.600 to 0.590)" in why_not(base, late, 0.05)
     other = {"a": {"x": 0.59, "y": 0.95}}
     assert "does not rise" in why_not({"a": {"x": 0.60, "y": None}}, other, 0.05)
+
+
+def test_a_site_that_never_measured_the_base_is_not_passed_over() -> None:
+    late = {"a": {"x": 0.7}, "b": {"x": 0.05}}  # b was silent when the base was measured
+    assert why_not({"a": {"x": 0.6}}, late, 0.05) == (
+        "b has never measured the base, so nobody knows what it would lose"
+    )
+    assert why_not({"a": {"x": 0.6}}, late | {"b": {"x": None}}, 0.05) == ""  # nobody to ask there
 
 
 def test_a_measurement_that_vanishes_is_not_a_gain() -> None:

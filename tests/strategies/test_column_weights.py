@@ -82,7 +82,29 @@ def test_robust_rules_keep_what_a_site_lacks(
     lacked = {u.site: u.missing for u in ups}
     chosen = ROBUST_RULES[rule](plan, ups, 0, ups[0].state)
     assert {u.site: u.missing for u in chosen if u.site} == lacked or rule == "krum"
-    assert all(u.missing == lacked.get(u.site, {}) for u in chosen)
+    assert all(u.missing == lacked[u.site] for u in chosen if u.site)
+
+
+def test_weight_clipped_off_a_site_that_lacks_a_label_does_not_hold_its_column(
+    plan: AdaptationPlan, make_state: Make
+) -> None:
+    sent = make_state(0)
+    near, far = ({k: v + step for k, v in sent.items()} for step in (0.01, 100.0))
+    lacks = missing_columns(plan, (2,))
+    ups = [Update("a", near, 1), Update("b", far, 10, missing=lacks)]
+    chosen = ROBUST_RULES["clipped"](plan, ups, 0, sent)
+    assert any(not update.site for update in chosen)
+    column = mean_arrays(chosen, [HEAD])[HEAD][..., 2]
+    np.testing.assert_allclose(column, near[HEAD][..., 2], rtol=1e-5)
+
+
+def test_nobody_has_more_than_half_of_a_column_that_three_annotated() -> None:
+    weights = [0.5, 30 / 80, 5 / 80, 5 / 80]
+    found = np.array(column_weights(weights, [(), (1,), (), ()], 2))
+    np.testing.assert_array_equal(found[:, 0], weights)
+    np.testing.assert_allclose(found[:, 1], [0.5, 0.0, 0.25, 0.25])
+    two = np.array(column_weights([0.5, 0.25, 0.25], [(), (1,), ()], 2))
+    np.testing.assert_allclose(two[:, 1], [2 / 3, 0.0, 1 / 3])  # two have no majority
 
 
 def test_one_site_is_a_fixed_point_and_so_is_a_column_that_all_lack(
