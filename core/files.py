@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, secret: bool = False) -> None:
     """Write ``data`` to ``path`` so that a reader sees all of it or nothing.
 
     The bytes go to a temporary name in the same folder, are flushed to disk and then
-    renamed. Missing parent folders are made.
+    renamed. Missing parent folders are made. Only its owner can read what is ``secret``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -23,7 +23,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).chmod(0o600 if secret else 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
