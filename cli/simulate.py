@@ -76,13 +76,13 @@ def simulate(
         str | None, typer.Option(help="Frequency of labels: case or pooled. By default case.")
     ] = None,
     privacy: Annotated[
-        str | None, typer.Option(help="none, or person: noise hides each. By default none.")
+        str | None, typer.Option(help="none, person or site: noise hides each. By default none.")
     ] = None,
     noise: Annotated[
-        float | None, typer.Option(help="With privacy person: a multiple of the clip. [2]")
+        float | None, typer.Option(help="With privacy: a multiple of the clip. [2]")
     ] = None,
     clip: Annotated[
-        float | None, typer.Option(help="With privacy person: most that one adds to a step. [0.1]")
+        float | None, typer.Option(help="With privacy: the most that one adds. [0.1]")
     ] = None,
     person_rate: Annotated[
         float | None, typer.Option(help="With privacy person: share of persons in a step. [0.5]")

@@ -12,7 +12,6 @@ bits and is not counted again.
 import contextlib
 import fcntl
 import hmac
-import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,7 +82,7 @@ class PrivacyLedger:
             if not self._path.exists():  # before the key, so that a kill leaves no key alone
                 self._write(())
             if not self._key.exists():
-                _write_key(folder, key or secrets.token_bytes(KEY_BYTES))
+                write_atomic(self._key, key or secrets.token_bytes(KEY_BYTES), private=True)
 
     def name(self, content: str) -> str:
         """Return the name of the release that follows from ``content``."""
@@ -154,22 +153,6 @@ class PrivacyLedger:
         with (self.folder / "lock").open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
-
-
-def _write_key(folder: Path, key: bytes) -> None:
-    """Write the key so that only its owner can read it, whole or not at all."""
-    private_folder(folder)
-    temporary = folder / f".key-{secrets.token_hex(8)}"
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(key)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / "key")
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 _LOST = (

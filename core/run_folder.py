@@ -7,6 +7,7 @@ statistics.json     what the sites pooled before the first round, if they did
 rounds.jsonl        one line a round, each whole or absent
 events.jsonl        what happened when, for progress bars and people
 checkpoints/        the state after each round, with its plan
+site-noise.key      what the noise that hides sites follows from, if there is any; secret
 updates/            what sites sent in the round that is running, removed when it ends
 release/            the `.model` and its side-car, if one was released
 result.json         how the run ended
@@ -130,6 +131,9 @@ class RoundLine(BaseModel):
             their own cut of it, and it is not released.
         attempts: How often the sites were asked until there were enough usable updates.
         aggregation_seconds: Wall time of combining; 0 without training.
+        epsilon: What the run cost each ``unit`` so far, where the server hides it.
+        delta: Of that epsilon.
+        unit: What is hidden: a ``site``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -143,6 +147,9 @@ class RoundLine(BaseModel):
     whole: bool = True
     attempts: int = 1
     aggregation_seconds: float = 0.0
+    epsilon: float | None = None
+    delta: float | None = None
+    unit: Literal["site"] | None = None
 
 
 class RunResult(BaseModel):
@@ -179,6 +186,7 @@ class RunFolder:
         self.base = path / "base.model"
         self.report = path / "report.html"
         self.release = path / "release"
+        self.noise_key = path / "site-noise.key"
 
     @classmethod
     def create(cls, path: Path, info: RunInfo, plan: AdaptationPlan, base: bytes) -> "RunFolder":

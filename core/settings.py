@@ -19,13 +19,13 @@ from dafne_federated.core.errors import AdapterError, SettingsError
 from dafne_federated.core.methods import method_parts
 from dafne_federated.core.plan import LAYER_CHOICES, WireType
 from dafne_federated.core.privacy_accountant import LEAST_NOISE, Mechanism
+from dafne_federated.core.privacy_rules import check_person_privacy, check_site_privacy
 from dafne_federated.core.strategy_table import (
     STRATEGY_TABLE,
     OptimiserChoice,
     check_combination,
     check_late,
     check_optimisation,
-    check_privacy,
 )
 
 
@@ -53,10 +53,10 @@ class RunSettings(BaseModel):
             of the sites that share theirs.
         class_weights: How often a label occurs, in the weights of Dafne's loss: ``case`` as
             Dafne does it, in one case; ``pooled`` in all training slices of these sites.
-        privacy: ``none``, or ``person``: each site hides each of its persons with noise, and
-            says up to which epsilon; see ``PRIVACY.md``.
-        noise: With ``person``: standard deviation of the noise, a multiple of ``clip``.
-        clip: With ``person``: largest norm of what one person adds to a step.
+        privacy: ``none``; ``person``: each site hides each of its persons with noise, and says
+            up to which epsilon; ``site``: the server hides each site; see ``PRIVACY.md``.
+        noise: With privacy: standard deviation of the noise, a multiple of ``clip``.
+        clip: Largest norm of what one ``person`` adds to a step, or one ``site`` to a round.
         person_rate: With ``person``: probability with which a person takes part in a step, with
             at most ``batch_size`` slices; an epoch then has 1 / person_rate steps.
         optimiser: Whether the sites start each round with a ``fresh`` optimiser, or with what
@@ -85,7 +85,7 @@ class RunSettings(BaseModel):
         precision: Of convolutions while a simulated site trains; see ``SiteSettings``.
         max_cases: More training cases than this are not believed of any site.
         max_norm_ratio: An update that moves the base more than so many times the median of the
-            round's updates is refused; needs three sites.
+            round's updates is refused; needs three sites. Not with privacy ``site``.
         gate: ``validation`` releases only what the sites' validation persons show to be better
             than the base; ``none`` releases the last round unseen, for sites without any.
         margin: With the gate, the most Dice that any label of any site may lose; with one or
@@ -116,7 +116,7 @@ class RunSettings(BaseModel):
     wire: WireType = "float32"
     statistics: Literal["base", "pooled"] = "base"
     class_weights: Literal["case", "pooled"] = "case"
-    privacy: Literal["none", "person"] = "none"
+    privacy: Literal["none", "person", "site"] = "none"
     noise: float = Field(default=2.0, ge=LEAST_NOISE, le=1000)
     clip: float = Field(default=0.1, gt=0, le=1e6)
     person_rate: float = Field(default=0.5, ge=0.001, le=1)
@@ -192,17 +192,24 @@ class RunSettings(BaseModel):
 
     @model_validator(mode="after")
     def _privacy_fits(self) -> Self:
-        if self.privacy == "none":
-            for name in ("noise", "clip", "person_rate"):
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    flag = name.replace("_", "-")
-                    msg = (
-                        f"{flag} is for privacy 'person', and privacy is 'none': nothing is hidden"
-                    )
-                    raise ValueError(msg)
-            return self
+        uses = {"none": (), "person": ("noise", "clip", "person_rate"), "site": ("noise", "clip")}
+        for name in uses["person"]:
+            given = getattr(self, name) != type(self).model_fields[name].default
+            if given and name not in uses[self.privacy]:
+                flag, of = name.replace("_", "-"), [kind for kind in uses if name in uses[kind]]
+                msg = (
+                    f"{flag} is for privacy {' or '.join(map(repr, of))}, and privacy is "
+                    f"{self.privacy!r}"
+                )
+                raise ValueError(msg)
+        pooled = "pooled" in (self.statistics, self.class_weights)
         try:
-            check_privacy(self.statistics, self.class_weights, self.optimiser, self.proximal)
+            if self.privacy == "person":
+                check_person_privacy(pooled, self.optimiser, self.proximal)
+            elif self.privacy == "site":
+                check_site_privacy(
+                    pooled, self.strategy, self.robust, self.sites_per_round, self.late
+                )
         except SettingsError as error:
             raise ValueError(str(error)) from None
         return self
@@ -224,9 +231,18 @@ class RunSettings(BaseModel):
     @property
     def mechanism(self) -> Mechanism | None:
         """How sites hide their persons, if they do."""
-        if self.privacy == "none":
+        if self.privacy != "person":
             return None
         return Mechanism(self.noise, self.clip, self.person_rate)
+
+    @property
+    def norm_ratio_used(self) -> float:
+        """How many times the median an update may be.
+
+        With privacy ``site`` any: whether one site's update counts must not follow from that of
+        another, and none counts for more than ``clip``.
+        """
+        return math.inf if self.privacy == "site" else self.max_norm_ratio
 
     @property
     def server_rate_used(self) -> float:

@@ -106,6 +106,19 @@ def without_factors(arrays: Mapping[str, Value], factors: Collection[str]) -> di
     return {name: value for name, value in arrays.items() if not name.endswith(ends)}
 
 
+def moving_arrays(
+    plan: AdaptationPlan, state: Mapping[str, npt.NDArray[np.generic]], held: Collection[str]
+) -> list[str]:
+    """Return in order the names of the arrays that a round moves, which is all that is trained.
+
+    Args:
+        plan: What is trained.
+        state: A state, for its rank.
+        held: Factors, ``a`` or ``b``, that stand still in this round.
+    """
+    return sorted(without_factors(plan.state_shapes(state_rank(plan, state), trained=True), held))
+
+
 def kernel_update(target: Target, a: npt.ArrayLike, b: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """Return ``a @ b`` in the shape of the target's kernel, float64, without the scale."""
     return np.pad(_covered_update(target, a, b), target.padding())

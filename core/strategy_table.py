@@ -35,6 +35,10 @@ how many factors of a pair there is noise in one round: noise in both multiplies
 ('shared-a', 'global+local') are clipped and get noise together with what leaves. Refused are
 pooled statistics and pooled class weights, which leave without noise, and kept optimisers and a
 proximal term, for private steps have neither.
+
+With privacy 'site' the server adds noise to the mean change of a round, which must be a plain
+sum for that: it goes with the strategies that allow a server optimiser, and with these alone.
+What else it needs stands in ``core/privacy_rules.py``.
 """
 
 from dataclasses import dataclass
@@ -285,34 +289,6 @@ def check_combination(
         msg = (
             f"robust {robust!r} needs {least} updates to bear {bad_sites} bad ones, and rounds of "
             f"{min_sites} would count; raise min-sites to {least}, or take fewer bad-sites"
-        )
-        raise SettingsError(msg)
-
-
-def check_privacy(
-    statistics: str, class_weights: str, optimiser: OptimiserChoice, proximal: float
-) -> None:
-    """Refuse what does not go with the noise that hides persons, and name the way out.
-
-    Args:
-        statistics: That setting of the run.
-        class_weights: That setting of the run.
-        optimiser: That of the sites.
-        proximal: That setting of the run.
-
-    Raises:
-        SettingsError: In words, and what to take.
-    """
-    if "pooled" in (statistics, class_weights):
-        msg = (
-            "privacy 'person' does not cover what sites pool over all their persons; take "
-            "statistics 'base' and class-weights 'case', or privacy 'none'"
-        )
-        raise SettingsError(msg)
-    if optimiser != "fresh" or proximal:
-        msg = (
-            "private steps start with a fresh optimiser and have no proximal term; take "
-            "optimiser 'fresh' and proximal 0, or privacy 'none'"
         )
         raise SettingsError(msg)
 

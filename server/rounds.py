@@ -38,6 +38,12 @@ from dafne_federated.server.questions import Ask, Questions
 from dafne_federated.server.quorum import Answers, collect, refused_here, suffices
 from dafne_federated.server.sampling import sampled
 from dafne_federated.server.server_optimiser import stepped
+from dafne_federated.server.site_noise import (
+    bounded_updates,
+    require_site_noise,
+    with_site_epsilon,
+    with_site_noise,
+)
 from dafne_federated.server.statistics import pool_statistics, with_statistics
 from dafne_federated.strategies import STRATEGIES
 from dafne_federated.strategies.outliers import update_norm
@@ -60,6 +66,7 @@ def run_rounds(grid: Grid, folder: RunFolder) -> None:
     state = folder.state_after(last) if done else first_state(info, plan)
     if last > info.settings.rounds:
         return
+    require_site_noise(folder, info.settings)
     members = gather(grid, folder, info, plan)
     pooled = pool_statistics(grid, folder, members, first_state(info, plan))
     if not done:
@@ -142,7 +149,7 @@ def _round(
         if trained:
             answers = with_late(answers, late, number)
         answers = with_same_labels(answers, plan, before)
-        return without_outliers(answers, known, before, settings.max_norm_ratio)
+        return without_outliers(answers, known, before, settings.norm_ratio_used)
 
     questions.age(number - 1 if settings.late == "use" else number)
     received, late, attempts = collect(
@@ -180,6 +187,7 @@ def _round(
     if trained:
         bad = bad_left(settings.robust, settings.bad_sites, len(updates), refused_here(answers))
         chosen = ROBUST_RULES[settings.robust](plan, updates, bad or 0, state)
+        chosen = bounded_updates(settings, plan, number, state, chosen)
         if settings.robust != "none" or any(update.share < 1 for update in chosen):
             shares = {update.site: update.share for update in chosen if update.site in sites}
             for site in sites:
@@ -187,7 +195,9 @@ def _round(
             folder.event("weighed", round=number, rule=settings.robust, bad=bad, shares=shares)
         aggregate = STRATEGIES[settings.strategy](plan, chosen)
         # What is kept and may be released is what the sites will get and evaluate.
-        new = stepped(folder, settings, plan, number, state, aggregate.state)
+        count = len(updates)
+        mean = with_site_noise(folder, settings, plan, number, state, aggregate.state, count)
+        new = stepped(folder, settings, plan, number, state, mean)
         state, error = rounded(plan, new, settings.wire), aggregate.error
         log.info("round %d: aggregation error %.2g", number, error)
     line = RoundLine(
@@ -201,7 +211,7 @@ def _round(
         attempts=attempts,
         aggregation_seconds=time.monotonic() - combining if trained else 0.0,
     )
-    return line, state
+    return with_site_epsilon(line, settings), state
 
 
 def _asks(

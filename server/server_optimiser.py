@@ -27,7 +27,7 @@ from dafne_federated.core.files import write_atomic
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.core.settings import RunSettings
-from dafne_federated.core.state import State, npz_bytes, state_rank
+from dafne_federated.core.state import State, moving_arrays, npz_bytes
 from dafne_federated.core.strategy_table import round_rule
 from dafne_federated.core.wire import TRAIN_ROUND, array_record
 
@@ -74,9 +74,7 @@ def stepped(
     """
     if settings.server_optimiser == "none":
         return after
-    held = tuple(f"/{part}" for part in round_rule(settings.strategy, number).held)
-    moving = plan.state_shapes(state_rank(plan, before), trained=True)
-    names = sorted(name for name in moving if not name.endswith(held))
+    names = moving_arrays(plan, before, round_rule(settings.strategy, number).held)
     memory = _load(_path(folder, number - 1)) if number > 1 else Memory()
     result = dict(after)
     counts = {name: memory.steps.get(name, 0) + 1 for name in names}

@@ -16,6 +16,7 @@ from dafne_federated.simulations.preparation import (
 from dafne_federated.simulations.progress import Stages
 from dafne_federated.simulations.ray_engine import run_ray
 from dafne_federated.simulations.report import write_report
+from dafne_federated.simulations.simulated_privacy import keep_simulated_key
 from dafne_federated.simulations.testing import measure
 
 
@@ -27,6 +28,7 @@ def simulate(simulation: Simulation, stages: Stages) -> RunFolder:
     """
     folder = RunFolder(simulation.run)
     settings = _open(simulation, folder, stages)
+    keep_simulated_key(folder, settings)
     prepared, sites = read_prepared(folder), site_folders(folder)
     with stages.federation(folder, len(sites)):
         _run_engine(simulation, folder, settings, len(sites))  # locks the folder itself

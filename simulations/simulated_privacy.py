@@ -1,4 +1,4 @@
-"""Privacy of persons in a simulation: the same training and accountant, with no secret in it."""
+"""Privacy in a simulation: the same training, noise and accountant, with no secret in it."""
 
 import hashlib
 from collections.abc import Sequence
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from dafne_federated.client.privacy_ledger import PrivacyLedger
 from dafne_federated.client.site_cache import SiteCache
 from dafne_federated.client.site_settings import SiteSettings
+from dafne_federated.core.files import write_atomic
 from dafne_federated.core.privacy_accountant import Spent, epsilon_of
-from dafne_federated.core.run_folder import RoundLine
+from dafne_federated.core.run_folder import RoundLine, RunFolder
 from dafne_federated.core.settings import RunSettings
 
 _UNBOUNDED = 1e9  # there is no hospital that could refuse
@@ -37,7 +38,7 @@ def require_accountant(settings: RunSettings) -> None:
     Raises:
         SettingsError: In words.
     """
-    if settings.mechanism:
+    if settings.privacy != "none":
         epsilon_of([Spent(8.0, 1.0, 1)], 1e-5)
 
 
@@ -52,6 +53,17 @@ def with_simulated_privacy(site: SiteSettings, settings: RunSettings) -> SiteSet
     key = hashlib.sha256(f"{settings.seed}/{site.name}/simulated key".encode()).digest()
     PrivacyLedger(SiteCache(site.cache).privacy, key)
     return site.model_copy(update={"max_epsilon": _UNBOUNDED})
+
+
+def keep_simulated_key(folder: RunFolder, settings: RunSettings) -> None:
+    """Give the server of a simulated run the key of the noise that hides sites.
+
+    As the keys of sites it follows from the seed, so that the same bits come out again: whoever
+    knows the seed can take the noise off.
+    """
+    if settings.privacy == "site":
+        key = hashlib.sha256(f"{settings.seed}/simulated key of the server".encode()).digest()
+        write_atomic(folder.noise_key, key, private=True)
 
 
 def site_privacy(rounds: Sequence[RoundLine]) -> list[SitePrivacy]:

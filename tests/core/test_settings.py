@@ -70,7 +70,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"noise": 1.0}, "noise is for privacy 'person', and privacy is 'none'"),
+        ({"noise": 1.0}, "noise is for privacy 'person' or 'site', and privacy is 'none'"),
         ({"person-rate": 0.1}, "person-rate is for privacy 'person'"),
         ({"privacy": "person", "statistics": "pooled"}, "take statistics 'base'"),
         ({"privacy": "person", "class-weights": "pooled"}, "class-weights 'case'"),
