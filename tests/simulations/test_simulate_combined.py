@@ -76,7 +76,7 @@ def test_sites_of_rank_2_and_16_train_together(
     for line in lines[:2]:
         small, large = (line.sites[name].bytes_up for name in ("clinic", "hospital"))
         assert least < large / small < 8  # headers, the head and what is pooled have no rank
-    assert state_rank(plan, folder.state_after(2)) == 16
+    assert state_rank(plan, folder.state_after(2)) == plan.rank
     kept = load_release_check(folder)
     assert kept is not None
     assert kept.difference < 1e-5
