@@ -275,7 +275,8 @@ class RoundReply(WireMessage):
         delta: Of that epsilon.
         steps: Noisy steps of this round.
         missing: Output channels, 1 first, of the labels that nobody annotated at this site: they
-            were masked out of its loss. Not there if it annotated all.
+            were masked out of its loss. Not there if it annotated all, nor from a site that
+            hides persons and whose people did not say which.
     """
 
     metrics: ClassVar[frozenset[str]] = frozenset(
