@@ -160,7 +160,7 @@ def _round(message: Message, context: Context, train: bool) -> Message:
             "dice_cases": counts,
             "evaluation_seconds": time.monotonic() - begun,
             "device": site.device().name,
-            "missing": list(site.data.labels(plan.labels).missing) or None,
+            "missing": list(_told_missing(site, plan)) or None,
         }
         if not train:
             return _round_reply(request, site, "ok", "", fields).to_record()
@@ -203,6 +203,13 @@ def _round(message: Message, context: Context, train: bool) -> Message:
         return _round_reply(request, site, "ok", "", fields).to_record(arrays)
 
     return _answer(message, context, act, respond)
+
+
+def _told_missing(site: Site, plan: AdaptationPlan) -> tuple[int, ...]:
+    """Return the channels of missing labels; none where they may follow from a hidden person."""
+    if site.settings.min_noise and site.settings.annotated is None:
+        return ()
+    return site.data.labels(plan.labels).missing
 
 
 def _answer(

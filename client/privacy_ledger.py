@@ -6,7 +6,8 @@ take the noise off. A key without its ledger is therefore refused.
 
 A release is named by everything that its bits follow from. It is written down before it is
 made: after a kill it counts although nobody saw it, and the same question again gives the same
-bits and is not counted again.
+bits and is not counted again. A run that receives what another asked first has spent it too: its
+own epsilon is that of all releases that it received, and each counts once in that of all runs.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import hmac
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -36,6 +38,7 @@ class Release(BaseModel):
         noise: Multiple of the clip.
         rate: Probability with which a person takes part in a step.
         steps: Steps.
+        later_runs: Runs that asked the same later and received the same bits.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -47,6 +50,13 @@ class Release(BaseModel):
     noise: float = Field(gt=0)
     rate: float = Field(gt=0, le=1)
     steps: int = Field(ge=1)
+    later_runs: tuple[str, ...] = Field(default=(), strict=False)
+
+    def given_to(self, run: str) -> Self:
+        """Return this release with ``run`` among those that received it."""
+        if run in (self.run, *self.later_runs):
+            return self
+        return self.model_copy(update={"later_runs": (*self.later_runs, run)})
 
     @property
     def spent(self) -> Spent:
@@ -104,7 +114,7 @@ class PrivacyLedger:
             raise ApprovalError(_LOST) from None
 
     def spend(self, release: Release, delta: float, bound: float) -> tuple[float, float]:
-        """Write a release down unless it is there, and return epsilon of its run and of all.
+        """Write down that a run receives a release; return epsilon of this run and of all runs.
 
         Args:
             release: What is about to be made.
@@ -115,12 +125,12 @@ class PrivacyLedger:
             ApprovalError: It would pass the bound, or the ledger is damaged; nothing is written.
         """
         with self._locked():
-            known = self.releases()
-            if release.name in {old.name for old in known}:
-                return self._totals(known, release, delta)
-            after = (*known, release)
-            own, total = self._totals(after, release, delta)
-            if not total <= bound:
+            known = {old.name: old for old in self.releases()}
+            new = release.name not in known
+            known[release.name] = known.get(release.name, release).given_to(release.run)
+            after = tuple(known.values())
+            own, total = self._totals(after, release.run, delta)
+            if new and not total <= bound:
                 msg = (
                     f"with this round one person's data would have been used up to epsilon "
                     f"{total:.3g} (delta {delta:g}) at this site, and it allows {bound:g}; take "
@@ -130,11 +140,9 @@ class PrivacyLedger:
             self._write(after)
             return own, total
 
-    def _totals(
-        self, releases: tuple[Release, ...], new: Release, delta: float
-    ) -> tuple[float, float]:
+    def _totals(self, releases: tuple[Release, ...], run: str, delta: float) -> tuple[float, float]:
         total = epsilon_of([release.spent for release in releases], delta)
-        mine = [old.spent for old in releases if new.run == old.run or new.name == old.name]
+        mine = [old.spent for old in releases if run in (old.run, *old.later_runs)]
         return (total if len(mine) == len(releases) else epsilon_of(mine, delta)), total
 
     def _derive(self, purpose: str, content: str) -> bytes:

@@ -25,7 +25,7 @@ from dafne_federated.core.wire import RoundRequest
 log = logging.getLogger(__name__)
 
 # Raise when private training makes other bits of the same question.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,10 @@ def _content(
     question = request.model_dump(
         mode="json", exclude={"run", "plan_digest", "wire", "sent", "class_pixels", "class_slices"}
     )
-    here = [settings.name, settings.precision, settings.prefix_cache, site.device().name]
+    here = [
+        *(settings.name, settings.precision, settings.prefix_cache, site.device().name),
+        list(site.data.labels(plan.labels).missing),  # they change the loss
+    ]
     # Names of layers differ from process to process, and nothing depends on them.
     planned = plan.model_dump(mode="json", exclude={"targets": {"__all__": {"layer"}}})
     digests = [arrays_digest(state), arrays_digest(arrays)]

@@ -17,6 +17,9 @@ NEIGHBOURS = "one person, with all images of that person, is added or left out"
 # epsilon in the hundreds that protects nobody.
 LEAST_NOISE = 0.3
 
+# An epoch has 1 / rate steps, and whoever asks for them is not who makes them.
+LEAST_RATE = 0.001
+
 
 @dataclass(frozen=True)
 class Mechanism:

@@ -18,7 +18,7 @@ from pydantic import (
 from dafne_federated.core.errors import AdapterError, SettingsError
 from dafne_federated.core.methods import method_parts
 from dafne_federated.core.plan import LAYER_CHOICES, WireType
-from dafne_federated.core.privacy_accountant import LEAST_NOISE, Mechanism
+from dafne_federated.core.privacy_accountant import LEAST_NOISE, LEAST_RATE, Mechanism
 from dafne_federated.core.privacy_rules import check_person_privacy, check_site_privacy
 from dafne_federated.core.strategy_table import (
     STRATEGY_TABLE,
@@ -119,7 +119,7 @@ class RunSettings(BaseModel):
     privacy: Literal["none", "person", "site"] = "none"
     noise: float = Field(default=2.0, ge=LEAST_NOISE, le=1000)
     clip: float = Field(default=0.1, gt=0, le=1e6)
-    person_rate: float = Field(default=0.5, ge=0.001, le=1)
+    person_rate: float = Field(default=0.5, ge=LEAST_RATE, le=1)
     optimiser: OptimiserChoice = "fresh"
     proximal: float = Field(default=0.0, ge=0, le=1e6)
     server_optimiser: Literal["none", "momentum", "adam"] = "none"

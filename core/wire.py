@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dafne_federated.core.class_weights import ClassCounts
 from dafne_federated.core.errors import MessageError
 from dafne_federated.core.plan import Sha256, WireType
-from dafne_federated.core.privacy_accountant import LEAST_NOISE, Mechanism
+from dafne_federated.core.privacy_accountant import LEAST_NOISE, LEAST_RATE, Mechanism
 from dafne_federated.core.strategy_table import Factors, OptimiserChoice, RoundRule
 
 PROTOCOL = 1
@@ -167,7 +167,7 @@ class RoundRequest(WireMessage):
     round: int = Field(ge=1)
     base_digest: Sha256
     plan_digest: Sha256
-    epochs: int = Field(ge=0)
+    epochs: int = Field(ge=0, le=10_000)
     batch_size: int = Field(ge=1)
     learning_rate: float = Field(gt=0)
     seed: int = Field(ge=0)
@@ -181,7 +181,7 @@ class RoundRequest(WireMessage):
     local_rank: int = Field(default=0, ge=0, le=256)
     noise: float | None = Field(default=None, ge=LEAST_NOISE, le=1000)
     clip: float | None = Field(default=None, gt=0, le=1e6)
-    person_rate: float | None = Field(default=None, gt=0, le=1)
+    person_rate: float | None = Field(default=None, ge=LEAST_RATE, le=1)
 
     @model_validator(mode="after")
     def _whole_mechanism(self) -> Self:
@@ -275,7 +275,8 @@ class RoundReply(WireMessage):
         delta: Of that epsilon.
         steps: Noisy steps of this round.
         missing: Output channels, 1 first, of the labels that nobody annotated at this site: they
-            were masked out of its loss. Not there if it annotated all.
+            were masked out of its loss. Not there if it annotated all, nor from a site that
+            hides persons and whose people did not say which.
     """
 
     metrics: ClassVar[frozenset[str]] = frozenset(

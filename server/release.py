@@ -127,6 +127,7 @@ def provenance(
         "optimiser": info.settings.optimiser,
         "proximal": info.settings.proximal,
         "server_optimiser": info.settings.server_optimiser,
+        **_hiding(info.settings),
         "rounds": number,
         "epochs_per_round": info.settings.epochs,
         "sites": len(cases),
@@ -134,6 +135,15 @@ def provenance(
         "software": info.versions,
         "date": datetime.fromtimestamp(info.created, UTC).date().isoformat(),
     }
+
+
+def _hiding(settings: RunSettings) -> dict[str, Any]:
+    """Return how noise hides whom; nothing where it hides nobody."""
+    if settings.privacy == "none":
+        return {}
+    told = {"privacy": settings.privacy, "noise": settings.noise, "clip": settings.clip}
+    rate = {"person_rate": settings.mechanism.rate} if settings.mechanism else {}
+    return told | rate
 
 
 def sidecar_metadata(model: ModelFile) -> dict[str, Any]:

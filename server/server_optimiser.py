@@ -100,7 +100,8 @@ def _step(
         if settings.server_optimiser == "momentum":
             momentum = FedAvgM(server_learning_rate=rate, server_momentum=settings.server_momentum)
             momentum.current_arrays = array_record(sent)
-            momentum.momentum_vector = [memory.first[n] for n in names] if known else None
+            if known and settings.server_momentum:  # Flower keeps nothing with a momentum of 0
+                momentum.momentum_vector = [memory.first[n] for n in names]
             found, _ = momentum.aggregate_train(count, [reply])
             vector = momentum.momentum_vector or ()
             memory.first |= dict(zip(names, vector, strict=False))

@@ -71,6 +71,18 @@ def test_what_was_not_annotated_is_told_and_not_measured(at: At, plan: Adaptatio
         np.testing.assert_array_equal(value, states[1][key])
 
 
+def test_a_site_that_hides_persons_says_what_it_lacks_only_where_its_people_did(
+    at: At, plan: AdaptationPlan
+) -> None:
+    """What follows from masks may follow from one person's."""
+    table = {"1": "bright", "2": "bone"}
+    by_table = at("table", table, min_noise=1.0).round(plan, epochs=0)
+    by_setting = at("setting", table, min_noise=1.0, annotated=["bright"]).round(plan, epochs=0)
+    assert told(by_table).missing is None
+    assert told(by_setting).missing == [2]
+    assert told(at("open", table).round(plan, epochs=0)).missing == [2]
+
+
 def test_labels_that_do_not_fit_decline_with_one_clear_reason(at: At, plan: AdaptationPlan) -> None:
     table = {"1": "bright", "2": "dark"}
     site = at("unknown", table, ready=False, label_names={"brigth": "bright"})

@@ -64,6 +64,26 @@ def test_all_runs_and_bases_of_a_site_add_up(tmp_path: Path) -> None:
     assert ledger.spend(other, DELTA, 10) == pytest.approx((cost(4), cost(8)))
 
 
+def test_a_run_that_receives_what_another_asked_first_has_spent_it_too(tmp_path: Path) -> None:
+    ledger, again = PrivacyLedger(tmp_path), "b" * 32
+    for number, content in enumerate("xyz", start=1):
+        ledger.spend(release(ledger, content, round=number), DELTA, 10)
+    shared = [
+        ledger.spend(release(ledger, content, round=number, run=again), DELTA, 10)
+        for number, content in enumerate("xy", start=1)
+    ]
+    assert shared[0] == pytest.approx((cost(4), cost(12)))
+    assert shared[1] == pytest.approx((cost(8), cost(12)))
+    once_more = ledger.spend(release(ledger, "y", round=2, run=again), DELTA, 10)
+    assert once_more == pytest.approx(shared[1])
+    own = ledger.spend(release(ledger, "w", round=3, run=again), DELTA, 10)
+    assert own == pytest.approx((cost(12), cost(16)))
+    first = ledger.spend(release(ledger, "x"), DELTA, 10)
+    assert first == pytest.approx((cost(12), cost(16)))
+    kept = PrivacyLedger(tmp_path).releases()
+    assert [old.later_runs for old in kept] == [(again,), (again,), (), ()]
+
+
 def test_a_round_past_the_bound_is_refused_and_not_written(tmp_path: Path) -> None:
     ledger = PrivacyLedger(tmp_path)
     bound = (cost(4) + cost(8)) / 2

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -111,6 +112,36 @@ def test_other_data_under_the_same_question_have_other_noise(
     site = site_with(make_site, plan, trained, training=["clinic-0", "clinic-1"])
     answered(site, plan)
     assert len({old.name for old in releases(site)}) == 2
+
+
+def test_another_run_that_asks_the_same_is_told_all_that_it_received(
+    ready: SiteUnderTest, plan: AdaptationPlan
+) -> None:
+    rounds = [answered(ready, plan, round=number)[0].epsilon for number in (1, 2)]
+    ready.offer(plan, {"run": "b" * 32})
+    again = [answered(ready, plan, round=n, run="b" * 32)[0].epsilon for n in (1, 2)]
+    assert again == rounds
+    assert len(releases(ready)) == 2
+
+
+def test_labels_that_a_site_lacks_are_part_of_the_question(
+    plan: AdaptationPlan, trained: Any, squares_folder: Path, tmp_path: Path
+) -> None:
+    """They change the loss even where no mask shows them."""
+    data = tmp_path / "data"
+    shutil.copytree(squares_folder, data)
+    for name in ("clinic-0", "clinic-1"):
+        path = data / "labels" / f"{name}.nii.gz"
+        image = nib.load(path)
+        mask = np.asanyarray(image.dataobj)
+        nib.save(nib.Nifti1Image(np.where(mask == 2, 0, mask), image.affine), path)
+    states = []
+    for annotated in (["bright", "dark"], ["bright"]):
+        make = partial(SiteUnderTest, tmp_path, data)
+        site = site_with(make, plan, trained, annotated=annotated)
+        states.append(answered(site, plan)[1])
+    assert len(releases(site)) == 2
+    assert any(not np.array_equal(states[0][key], array) for key, array in states[1].items())
 
 
 def test_a_site_can_demand_noise(make_site: MakeSite, plan: AdaptationPlan, trained: Any) -> None:

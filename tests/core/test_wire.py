@@ -9,6 +9,7 @@ from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from dafne_federated.core.errors import MessageError, StateError
 from dafne_federated.core.plan import AdaptationPlan, WireType
+from dafne_federated.core.settings import RunSettings
 from dafne_federated.core.state import State
 from dafne_federated.core.wire import (
     BaseModelBytes,
@@ -92,6 +93,17 @@ def test_odd_numbers_are_refused(name: str, value: Any) -> None:
     content.metric_records["metrics"][name] = value
     with pytest.raises(MessageError, match=name):
         RoundReply.from_record(content)
+
+
+def test_no_server_asks_for_more_steps_than_settings_allow() -> None:
+    """An epoch has 1 / person-rate steps."""
+    asked = MESSAGES[4].model_copy(update={"noise": 2.0, "clip": 0.1, "person_rate": 0.001})
+    assert RoundRequest.from_record(asked.to_record()) == asked
+    assert RunSettings(privacy="person", person_rate=0.001).mechanism == asked.mechanism
+    content = asked.to_record()
+    content.config_records["message"]["person-rate"] = 1e-7
+    with pytest.raises(MessageError, match=r"person-rate: .* greater than or equal to 0\.001"):
+        RoundRequest.from_record(content)
 
 
 def test_numbers_are_not_taken_from_the_wrong_record() -> None:

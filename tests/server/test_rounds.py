@@ -270,6 +270,18 @@ def test_a_robust_rule_is_applied_and_told(new_run: Make, make_grid: Make, robus
     assert final(folder) != final(plain)
 
 
+def test_a_release_says_how_persons_were_hidden(new_run: Make) -> None:
+    def told(**settings: Any) -> dict[str, Any]:
+        folder = new_run(**settings)
+        return provenance(folder.info(), folder.plan(), [], 0)
+
+    hidden = told(privacy="person", noise=3.0, clip=0.2, person_rate=0.25)
+    added = {"privacy": "person", "noise": 3.0, "clip": 0.2, "person_rate": 0.25}
+    plain = told()
+    assert added.items() <= hidden.items()
+    assert hidden.keys() - plain.keys() == added.keys()
+
+
 def test_updates_lie_in_a_private_folder_until_the_round_ends(
     new_run: Make, make_grid: Make
 ) -> None:

@@ -63,14 +63,27 @@ def test_momentum_and_adam_are_the_recurrences_of_their_papers(
                 np.testing.assert_allclose(found[number][key], x, rtol=1e-4, atol=1e-5)
 
 
-def test_a_rate_of_one_without_memory_takes_the_aggregate(
+def test_a_rate_of_one_without_memory_takes_each_aggregate(
     new_run: Make, make_state: Make, small_plan: AdaptationPlan
 ) -> None:
-    states = frozen(make_state, 2)
+    states = frozen(make_state, 4)
     folder = new_run(strategy="frozen-a", server_optimiser="momentum", server_momentum=0.0)
     found = states[:1]
     steps(folder, small_plan, found, states[1:])
-    assert all(np.array_equal(found[1][key], value) for key, value in states[1].items())
+    for state, aggregate in zip(found, states, strict=True):
+        assert all(np.array_equal(state[key], value) for key, value in aggregate.items())
+
+
+def test_without_memory_each_round_goes_the_same_part_of_its_way(
+    new_run: Make, make_state: Make, small_plan: AdaptationPlan
+) -> None:
+    first, *means = frozen(make_state, 4)
+    settings = {"server_optimiser": "momentum", "server_momentum": 0.0, "server_rate": 0.5}
+    found = [first]
+    steps(new_run(strategy="frozen-a", **settings), small_plan, found, means)
+    for before, after, mean in zip(found, found[1:], means, strict=False):
+        for key, value in after.items():
+            np.testing.assert_allclose(value, (before[key] + mean[key]) / 2, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
