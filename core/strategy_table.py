@@ -170,11 +170,15 @@ ROBUST_TABLE: dict[str, str] = {
     "krum": "only the update nearest to its neighbours counts",
     "multi-krum": "the bad-sites updates farthest from their neighbours are left out",
     "geometric-median": "updates count less the farther they are from the middle",
+    "median": "the median of each value; where a change is a plain sum of arrays",
+    "trimmed-mean": "the mean of each value without the bad-sites largest and smallest ones; there",
 }
 
 
 # Rules that bear a number of bad sites, and need as many good ones for that.
-BOUNDED_RULES = ("krum", "multi-krum", "geometric-median")
+# These take each value by itself, over all sites.
+COORDINATE_RULES = ("median", "trimmed-mean")
+BOUNDED_RULES = ("krum", "multi-krum", "geometric-median", *COORDINATE_RULES)
 
 
 def round_rule(strategy: str, number: int) -> RoundRule:
@@ -193,7 +197,7 @@ def least_sites(robust: str, bad_sites: int) -> int:
     match robust:
         case "krum" | "multi-krum":
             return 2 * bad_sites + 3
-        case "geometric-median":
+        case "geometric-median" | "median" | "trimmed-mean":
             return 2 * bad_sites + 1
         case "clipped":
             return 2
@@ -274,15 +278,23 @@ def check_combination(
             raise SettingsError(msg)
     rules = STRATEGY_TABLE[strategy]
     if rules.pairs == "never" and pairs:
+        other = "frozen-a" if robust in COORDINATE_RULES else "product"
         msg = (
             f"strategy {strategy!r} averages whole arrays, and the method trains low-rank pairs; "
-            "take strategy 'product', or a method without 'lora'"
+            f"take strategy {other!r}, or a method without 'lora'"
         )
         raise SettingsError(msg)
     if rules.pairs == "always" and not pairs:
         msg = (
             f"strategy {strategy!r} is for low-rank pairs, and the method trains none; "
             "take strategy 'fedavg', or method 'lora'"
+        )
+        raise SettingsError(msg)
+    if robust in COORDINATE_RULES and not rules.sums:
+        msg = (
+            f"robust {robust!r} takes each value by itself, and with strategy {strategy!r} a value "
+            "does not mean the same at all sites; take robust 'geometric-median', or strategy "
+            "'frozen-a', or 'fedavg' with a method without 'lora'"
         )
         raise SettingsError(msg)
     if min_sites < (least := least_sites(robust, bad_sites)):

@@ -22,7 +22,12 @@ from dafne_federated.core.rank_cut import Cut, Cuts, at_rank, site_ranks
 from dafne_federated.core.run_folder import RoundLine, RunFolder, RunInfo, SiteRound
 from dafne_federated.core.settings import RunSettings
 from dafne_federated.core.state import State, initial_state, state_rank, without_factors
-from dafne_federated.core.strategy_table import STRATEGY_TABLE, bad_left, round_rule
+from dafne_federated.core.strategy_table import (
+    COORDINATE_RULES,
+    STRATEGY_TABLE,
+    bad_left,
+    round_rule,
+)
 from dafne_federated.core.wire import RoundRequest, record_bytes
 from dafne_federated.core.wire_arrays import rounded, state_record
 from dafne_federated.server.answers import (
@@ -188,7 +193,8 @@ def _round(
         bad = bad_left(settings.robust, settings.bad_sites, len(updates), refused_here(answers))
         chosen = ROBUST_RULES[settings.robust](plan, updates, bad or 0, state)
         chosen = bounded_updates(settings, plan, number, state, chosen)
-        if settings.robust != "none" or any(update.share < 1 for update in chosen):
+        weighs = settings.robust not in ("none", *COORDINATE_RULES)
+        if weighs or any(update.share < 1 for update in chosen):
             shares = {update.site: update.share for update in chosen if update.site in sites}
             for site in sites:
                 sites[site] = sites[site].model_copy(update={"share": shares.get(site, 0.0)})

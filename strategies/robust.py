@@ -17,6 +17,7 @@ from dafne_federated.core.plan import AdaptationPlan, Target
 from dafne_federated.core.strategy_table import least_sites
 from dafne_federated.strategies.aggregation import Arrays, Update, capped, in_order
 from dafne_federated.strategies.clipping import clipped
+from dafne_federated.strategies.coordinate_wise import median, trimmed_mean
 
 # Given are the plan, the updates, how many bad ones to bear, and what the sites were sent.
 RobustRule = Callable[[AdaptationPlan, Sequence[Update], int, Arrays], list[Update]]
@@ -99,6 +100,8 @@ ROBUST_RULES: dict[str, RobustRule] = {
     "krum": krum,
     "multi-krum": multi_krum,
     "geometric-median": geometric_median,
+    "median": median,
+    "trimmed-mean": trimmed_mean,
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.core.state import state_bytes, state_rank, without_factors
-from dafne_federated.core.strategy_table import STRATEGY_TABLE, round_rule
+from dafne_federated.core.strategy_table import COORDINATE_RULES, STRATEGY_TABLE, round_rule
 from dafne_federated.core.wire_arrays import rounded
 from dafne_federated.server.release import choose_round
 from dafne_federated.server.rounds import first_state, run_rounds
@@ -133,6 +133,20 @@ def test_a_robust_rule_does_not_cover_a_pool_and_says_so(
         ValueError, match=r"robust 'krum' does not cover .*; take statistics 'base'"
     ):
         new_pool(robust="krum", bad_sites=0, min_sites=3, **pooled)
+
+
+@pytest.mark.parametrize("robust", COORDINATE_RULES)
+def test_a_rule_by_value_uses_all_sites_and_leaves_the_common_factor(
+    new_run: Make, make_grid: Make, robust: str
+) -> None:
+    folder = new_run(strategy="frozen-a", robust=robust, min_sites=5)
+    run_rounds(make_grid(folder, "abcde"), folder)
+    assert [s.share for line in folder.rounds() for s in line.sites.values()] == [1.0] * 20
+    first, last = first_state(folder.info(), folder.plan()), folder.state_after(3)
+    still = [name for name in first if np.array_equal(first[name], last[name])]
+    assert still == [name for name in first if name.endswith("/a")]
+    with pytest.raises(ValueError, match=r"a value does not mean the same .* strategy 'frozen-a'"):
+        new_run(strategy="product", robust=robust, min_sites=5)
 
 
 @pytest.mark.parametrize("strategy", ["product", "stack"])
