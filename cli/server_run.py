@@ -90,6 +90,7 @@ def resume(folder: Folder, name: Run, quiet: Quiet = False) -> None:
     opened = ServerFolder(folder)
     require_running(opened)
     found = RunFolder(opened.run_path(name))
+    found.info()  # say now that there is no such run
     if is_finished(found):
         _print_result(found)
         return

@@ -1,7 +1,7 @@
 """The programs of a site: Flower's SuperNode, and the one that starts the work it is given."""
 
 from dafne_federated.client.deployment_folder import SiteFolder
-from dafne_federated.client.guard import REFUSALS, write_guard
+from dafne_federated.client.guard import REFUSALS, require_guard, write_guard
 from dafne_federated.core.flower_command import quiet_environment
 from dafne_federated.core.health import serving
 from dafne_federated.core.supervision import Program, supervise
@@ -37,11 +37,13 @@ def start_site(folder: SiteFolder) -> None:
 
     Raises:
         SettingsError: ``folder`` is not one of a site, or a setting is wrong.
-        RunError: It runs already.
+        RunError: It runs already, or Flower would not start the guard.
     """
     programs = site_programs(folder)
     _ = folder.settings  # say now what is wrong with them, not at the first message
-    write_guard(folder.programs)
+    guard = write_guard(folder.programs)
+    for program in programs:
+        require_guard(guard, program.environment["PATH"])
     supervise(programs, folder.logs, folder.lock)
 
 

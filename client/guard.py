@@ -10,25 +10,51 @@ It replaces two names in a module of Flower 1.41 that are not public; a test wat
 
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dafne_federated.core.errors import ApprovalError
+from dafne_federated.core.errors import ApprovalError, RunError
 from dafne_federated.core.files import sha256, write_atomic
 from dafne_federated.core.flower_bundle import check_bundle
 
+PROGRAM = "flwr-clientapp"
 REFUSALS = "DAFNE_FEDERATED_REFUSALS"  # environment: the file that refusals are noted in
 
 
-def write_guard(folder: Path) -> None:
-    """Write the program that Flower is to start instead of its own `flwr-clientapp`."""
-    python = shlex.quote(sys.executable)
-    path = folder / "flwr-clientapp"
-    write_atomic(path, f'#!/bin/sh\nexec {python} -P -m {__name__} "$@"\n'.encode())
-    path.chmod(0o700)
+def write_guard(folder: Path) -> Path:
+    """Write the program that Flower is to start instead of its own `flwr-clientapp`.
+
+    It can be executed before it has its name: at no moment would a search along the path pass
+    over it.
+    """
+    python, path = shlex.quote(sys.executable), folder / PROGRAM
+    new = folder / f".{PROGRAM}.new"
+    write_atomic(new, f'#!/bin/sh\nexec {python} -P -m {__name__} "$@"\n'.encode())
+    new.chmod(0o700)
+    return new.replace(path)
+
+
+def require_guard(guard: Path, search: str) -> None:
+    """Refuse to start where Flower would start another program than the guard.
+
+    Args:
+        guard: The guard.
+        search: The path along which Flower looks for programs.
+
+    Raises:
+        RunError: The guard is not found first, or cannot be executed where it lies.
+    """
+    found = shutil.which(PROGRAM, path=search)
+    if found is None or Path(found) != guard:
+        msg = (
+            f"{guard}: expected to be the program that Flower starts, got {found}; the disk of "
+            "the site's folder must allow programs (it may be mounted noexec)"
+        )
+        raise RunError(msg)
 
 
 def look_at_bundle(content: bytes, *_given: Any, **_named: Any) -> None:

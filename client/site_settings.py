@@ -114,6 +114,7 @@ def _toml_values(path: Path) -> dict[str, Any]:
     values = tomllib.loads(path.read_text(encoding="utf-8"))
     values.pop("connection", None)
     values = {name.replace("-", "_"): value for name, value in values.items()}
+    values.setdefault("share_statistics", False)  # a hospital says yes, and not nothing
     for name in _PATHS & values.keys():
         values[name] = path.parent / str(values[name])
     return values

@@ -70,12 +70,13 @@ def gather(grid: Grid, folder: RunFolder, info: RunInfo, plan: AdaptationPlan) -
         base_bytes=len(base),
         plan=plan.to_json(),
     ).to_record()
-    by_number = {f"node {node}": node for node in ids}
+    # Before anything is asked: who leaves in between must not get a name of its own choice.
+    registered = {n.node_id: getattr(n, "name", "") for n in grid.get_nodes()}
+    by_number = {f"node {node}": node for node in ids if node in registered}
     replies: Replies = exchange(
         grid, dict.fromkeys(by_number, offer), by_number, QUERY_OFFER, "0", settings.deadline,
         lambda _, content: content,
     )  # fmt: skip
-    registered = {n.node_id: getattr(n, "name", "") for n in grid.get_nodes()}
     members = Members({}, {}, {}, {}, {}, {})
     pairs = any(target.low_rank for target in plan.targets)
     needing = []
@@ -91,7 +92,9 @@ def gather(grid: Grid, folder: RunFolder, info: RunInfo, plan: AdaptationPlan) -
             continue
         name = registered.get(node) or reply.site
         rank = reply.rank if pairs else None  # whole arrays have none
-        if name in members.nodes:
+        if name != reply.site:
+            members.declined[name] = f"it calls itself {reply.site!r}"
+        elif name in members.nodes:
             members.declined[number] = f"another site is called {name!r} already"
         elif reply.status not in ("have", "need"):
             members.declined[name] = reply.reason
