@@ -18,6 +18,7 @@ from dafne_federated.cli.output_file import check_output
 from dafne_federated.cli.printable import json_value, printable
 from dafne_federated.cli.release_origin import release_origin
 from dafne_federated.core.errors import ModelFileError, SettingsError, VersionMovedError
+from dafne_federated.core.files import sha256
 from dafne_federated.core.merged_model import release_name
 from dafne_federated.core.model_file import ModelFile, parse_model, read_model
 from dafne_federated.server.api_key import VARIABLE, find_key
@@ -170,6 +171,9 @@ def push(
         msg = "push: expected --yes where nobody can be asked"
         raise SettingsError(msg)
     data = file.read_bytes()
+    if sha256(data) != model.digest:
+        msg = f"{file.name}: changed while it was looked at; nothing was sent"
+        raise SettingsError(msg)
     try:
         with _connect(server, key_file) as connection:
             there = model_versions(connection, name)

@@ -232,7 +232,10 @@ class DafneConnection:
         return self._without_key(" ".join(text.split()))[:200] or "(nothing)"
 
     def _without_key(self, text: str) -> str:
-        return text.replace(self._key.get_secret_value(), "***")
+        key = self._key.get_secret_value()
+        for form in (key, json.dumps(key)[1:-1]):  # as it is, and as it stands in JSON
+            text = text.replace(form, "***")
+        return text
 
 
 def server_address(text: str) -> str:

@@ -82,7 +82,7 @@ async def _forward(request: Request) -> Response:
     client: httpx.AsyncClient = request.app.state.client
     passed = client.build_request(
         "POST",
-        request.url.path,
+        request.scope["path"],
         headers=_forwarded(request.headers.items()),
         content=_body(request),
     )

@@ -162,6 +162,17 @@ def test_the_key_is_in_no_message_log_or_traceback_whatever_fails(
     assert stand_in.requests[0][1]["api_key"] == KEY
 
 
+def test_a_key_with_quotes_is_cut_out_of_a_list_too(start_server: Callable[..., Any]) -> None:
+    odd = 'ab"cd\\ef'
+    stand_in, address = start_server()
+    stand_in.answers["any"] = [(422, [f"no such key {odd}"])]
+    with (
+        DafneConnection(address, SecretStr(odd), attempts=1) as connection,
+        pytest.raises(ServerError, match=r"no such key \*\*\*"),
+    ):
+        CALLS[next(iter(CALLS))](connection)
+
+
 @pytest.mark.parametrize("way", CALLS)
 def test_the_key_is_in_no_traceback_when_the_server_is_gone(
     caplog: pytest.LogCaptureFixture, way: str
