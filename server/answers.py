@@ -72,8 +72,12 @@ def receive(
 
 
 def lacked(plan: AdaptationPlan, answer: Answer) -> tuple[str, ...]:
-    """Return the labels that nobody annotated where an update comes from, by name."""
-    missing = (answer.training.missing if answer.training else None) or ()
+    """Return the labels that a site says nobody annotated there, by name.
+
+    With an update, what came with it counts, which for a late one is not what came last.
+    """
+    reply = answer.training or (answer.verdict.reply if answer.verdict.status == "ok" else None)
+    missing = (reply.missing if reply else None) or ()
     return tuple(plan.labels[channel - 1] for channel in missing)
 
 

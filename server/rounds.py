@@ -292,8 +292,7 @@ def _site_round(plan: AdaptationPlan, answer: Answer, asked: bool, down: int, up
     if (spent := answer.training or reply) is not None and spent.status == "ok":
         # Whatever became of the update.
         fields |= {"epsilon": spent.epsilon, "delta": spent.delta, "steps": spent.steps}
-    if verdict.update is not None:
-        fields["lacks"] = lacked(plan, answer)
+    fields["lacks"] = lacked(plan, answer)
     if answer.late and verdict.update is not None:
         fields |= {"training_cases": verdict.update.cases, "update_norm": answer.norm}
     elif reply is not None and verdict.status == "ok":

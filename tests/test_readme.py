@@ -76,7 +76,7 @@ def test_the_flags_and_settings_of_the_strategies_page_exist() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", ["README.md", "strategies.md"])
 def test_the_example_commands_run_in_order(page: str, tmp_path: Path) -> None:
     here = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{here}{os.pathsep}{os.environ['PATH']}"}
