@@ -7,7 +7,7 @@ from typing import Any, Literal
 from flwr.app import Context
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dafne_federated.core.errors import SettingsError
+from dafne_federated.core.errors import SettingsError, first_fault
 from dafne_federated.core.wire import SiteName
 
 _PATHS = frozenset({"data", "cache", "bias_fields", "approvals", "inbox"})
@@ -102,8 +102,7 @@ def read_site(path: Path) -> SiteSettings:
         msg = f"{path}: cannot read the settings of the site: {error.strerror}"
         raise SettingsError(msg) from None
     except ValidationError as error:
-        first = error.errors()[0]
-        msg = f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        msg = f"{path}: {first_fault(error)}"
         raise SettingsError(msg) from None
     except ValueError as error:
         msg = f"{path}: {error}"

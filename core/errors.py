@@ -13,6 +13,14 @@
     - VersionMovedError  somebody published another version meanwhile
 """
 
+from pydantic import ValidationError
+
+
+def first_fault(error: ValidationError) -> str:
+    """Return where a value does not fit first, and why: ``field.part: words``."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
 
 class DafneFederatedError(Exception):
     """Base of all errors raised on purpose by this package."""

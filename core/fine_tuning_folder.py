@@ -211,7 +211,7 @@ class FineTuningFolder:
         Raises:
             RunError: This is no such folder, or its file is damaged.
         """
-        return read_record(self.path / "run.json", FineTuningInfo, "fine-tuning")
+        return read_record(self.path / "run.json", FineTuningInfo, "the folder of a fine-tuning")
 
     def keep(self, progress: Progress) -> None:
         """Keep where the run stands, all or nothing."""

@@ -5,18 +5,18 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from dafne_federated.core.errors import RunError
+from dafne_federated.core.errors import RunError, first_fault
 
 Record = TypeVar("Record", bound=BaseModel)
 
 
-def read_record(path: Path, kind: type[Record], folder_of: str) -> Record:
+def read_record(path: Path, kind: type[Record], expected: str) -> Record:
     """Return what a file holds.
 
     Args:
         path: The file.
         kind: What it must be.
-        folder_of: What the folder of the file should be of, for the error.
+        expected: What the folder of the file should be, for the error.
 
     Raises:
         RunError: The file is missing or damaged.
@@ -24,9 +24,8 @@ def read_record(path: Path, kind: type[Record], folder_of: str) -> Record:
     try:
         return kind.model_validate_json(path.read_bytes())
     except OSError:
-        msg = f"{path}: not found; is {str(path.parent)!r} the folder of a {folder_of}?"
+        msg = f"{path}: not found; is {str(path.parent)!r} {expected}?"
         raise RunError(msg) from None
     except ValidationError as error:
-        first = error.errors()[0]
-        msg = f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        msg = f"{path}: {first_fault(error)}"
         raise RunError(msg) from None

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dafne_federated.core.errors import AdapterError, MessageError
+from dafne_federated.core.errors import AdapterError, MessageError, first_fault
 from dafne_federated.core.files import sha256
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -218,9 +218,7 @@ class AdaptationPlan(BaseModel):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"]))
-            msg = f"adaptation plan: {field}: {first['msg']}"
+            msg = f"adaptation plan: {first_fault(error)}"
             raise MessageError(msg) from None
 
     def state_shapes(

@@ -210,11 +210,11 @@ class RunFolder:
         Raises:
             RunError: This is not a run folder, or its file is damaged.
         """
-        return read_record(self.path / "run.json", RunInfo, "run")
+        return read_record(self.path / "run.json", RunInfo, "the folder of a run")
 
     def plan(self) -> AdaptationPlan:
         """Return the plan; see ``info`` for errors, and: it must be the one of the run."""
-        plan = read_record(self.path / "plan.json", AdaptationPlan, "run")
+        plan = read_record(self.path / "plan.json", AdaptationPlan, "the folder of a run")
         _same(self.path / "plan.json", self.info().plan_digest, plan.digest)
         return plan
 
@@ -231,7 +231,7 @@ class RunFolder:
     def pooled(self) -> PooledStatistics | None:
         """Return what the sites pooled, or None before that; see ``info`` for errors."""
         path = self.path / "statistics.json"
-        return read_record(path, PooledStatistics, "run") if path.exists() else None
+        return read_record(path, PooledStatistics, "the folder of a run") if path.exists() else None
 
     def rounds(self) -> list[RoundLine]:
         """Return the lines of all rounds so far.
@@ -284,7 +284,7 @@ class RunFolder:
 
     def result(self) -> RunResult:
         """Return how the run ended; see ``info`` for errors."""
-        return read_record(self.path / "result.json", RunResult, "run")
+        return read_record(self.path / "result.json", RunResult, "the folder of a run")
 
     def event(self, kind: str, **details: Any) -> None:
         """Append one event for whoever watches."""

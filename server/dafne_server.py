@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from dafne_federated.core.errors import ServerError, SettingsError
+from dafne_federated.core.errors import ServerError, SettingsError, first_fault
 from dafne_federated.server.dafne_connection import DafneConnection
 
 _NAME = re.compile(r"[a-zA-Z0-9() -]+")  # Source: the check of the PHP server
@@ -93,8 +93,7 @@ def model_versions(connection: DafneConnection, name: str) -> ModelVersions:
     try:
         info = _Info.model_validate(answer)
     except ValidationError as error:
-        first = error.errors()[0]
-        msg = f"info_model: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        msg = f"info_model: {first_fault(error)}"
         raise ServerError(msg) from None
     listed = {*info.timestamps, *info.hashes, info.latest_timestamp}
     versions = tuple(sorted({int(v) for v in listed if _VERSION.fullmatch(v)}))

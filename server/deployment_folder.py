@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dafne_federated.core.errors import SettingsError
+from dafne_federated.core.errors import SettingsError, first_fault
 from dafne_federated.core.files import private_folder, write_atomic
 from dafne_federated.core.flower_command import quiet_environment, write_connection
 from dafne_federated.server.certificates import make_authority, make_server_certificate
@@ -79,8 +79,7 @@ class ServerFolder:
             msg = f"{self.settings_file}: not found; make it with 'dafne-federated server init'"
             raise SettingsError(msg) from None
         except ValidationError as error:
-            first = error.errors()[0]
-            msg = f"{self.settings_file}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+            msg = f"{self.settings_file}: {first_fault(error)}"
             raise SettingsError(msg) from None
         except ValueError as error:
             msg = f"{self.settings_file}: {error}"

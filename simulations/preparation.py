@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 from dafne_federated.client.site_settings import SiteSettings, read_site
 from dafne_federated.core.approvals import Approvals, home_folder
@@ -29,6 +29,7 @@ from dafne_federated.core.dataset import (
 )
 from dafne_federated.core.errors import DataError, RunError, SettingsError
 from dafne_federated.core.files import private_folder, write_atomic
+from dafne_federated.core.json_record import read_record
 from dafne_federated.core.model_file import read_model, write_model
 from dafne_federated.core.model_runtime import RunningModel
 from dafne_federated.core.new_run import make_plan, start_run
@@ -115,16 +116,7 @@ def read_prepared(folder: RunFolder) -> Prepared:
     Raises:
         RunError: This is not the run of a simulation, or its file is damaged.
     """
-    path = folder.path / "partition.json"
-    try:
-        return Prepared.model_validate_json(path.read_bytes())
-    except OSError:
-        msg = f"{path}: not found; is {str(folder.path)!r} the run of a simulation?"
-        raise RunError(msg) from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        msg = f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise RunError(msg) from None
+    return read_record(folder.path / "partition.json", Prepared, "the run of a simulation")
 
 
 def prepare(simulation: Simulation, stages: Stages) -> RunFolder:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dafne_federated.core.errors import RunError
+from dafne_federated.core.errors import RunError, first_fault
 from dafne_federated.core.files import write_atomic
 from dafne_federated.core.run_folder import RunFolder
 
@@ -116,8 +116,7 @@ def load_test_rows(folder: RunFolder) -> list[TestRow]:
     try:
         return _TestFile.model_validate_json(path.read_bytes()).rows
     except ValidationError as error:
-        first = error.errors()[0]
-        msg = f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        msg = f"{path}: {first_fault(error)}"
         raise RunError(msg) from None
 
 

@@ -1,7 +1,7 @@
 """No update changes more in a round than the median one: a robust rule."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -42,12 +42,27 @@ def clipped(
     """
     norms = {update.site: change_norm(plan, update.state, sent) for update in updates}
     bound = statistics.median_low(norms.values())
+    shares = {site: bound / norm for site, norm in norms.items() if norm > bound}
+    return towards_sent(capped(updates), shares, sent)
+
+
+def towards_sent(
+    updates: Sequence[Update], shares: Mapping[str, float], sent: Arrays
+) -> list[Update]:
+    """Return the updates with less of their weight, and what was sent with the rest of it.
+
+    Args:
+        updates: Names differ.
+        shares: What each site keeps of its weight, below 1; sites without one keep all.
+        sent: What the sites were sent; in a column of the output layer it gets the weight only
+            of those that annotated its label.
+    """
     kept: list[Update] = []
     left: dict[tuple[tuple[str, tuple[int, ...]], ...], float] = {}  # by what the sites lack
-    for update in sorted(capped(updates), key=lambda update: update.site):
+    for update in sorted(updates, key=lambda update: update.site):
         share = update.share
-        if norms[update.site] > bound:
-            share *= bound / norms[update.site]
+        if update.site in shares:
+            share *= shares[update.site]
             lacks = tuple(sorted(update.missing.items()))
             left[lacks] = left.get(lacks, 0.0) + update.cases * (update.share - share)
         kept.append(replace(update, share=share))

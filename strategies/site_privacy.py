@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from dafne_federated.strategies.aggregation import Arrays, Update
-from dafne_federated.strategies.clipping import SENT
+from dafne_federated.strategies.clipping import towards_sent
 
 
 def bounded(
@@ -33,13 +33,10 @@ def bounded(
     Source:
         Flat clipping of DP-FedAvg, https://arxiv.org/abs/1710.06963.
     """
-    kept, left = [], 0.0
-    for update in sorted(updates, key=lambda update: update.site):
-        norm = moved_norm(update.state, sent, names)
-        share = clip / norm if norm > clip else 1.0
-        left += 1.0 - share
-        kept.append(replace(update, cases=1, share=share, missing={}))
-    return [*kept, Update(SENT, sent, 1, left)] if left else kept
+    norms = {update.site: moved_norm(update.state, sent, names) for update in updates}
+    shares = {site: clip / norm for site, norm in norms.items() if norm > clip}
+    alike = [replace(update, cases=1, share=1.0, missing={}) for update in updates]
+    return towards_sent(alike, shares, sent)
 
 
 def moved_norm(state: Arrays, sent: Arrays, names: Sequence[str]) -> float:

@@ -109,11 +109,6 @@ def released(tmp_path: Path) -> Path:
     return folder.release / folder.result().release
 
 
-def newest(stand_in: StandIn) -> bytes:
-    versions = stand_in.models["Limb"]
-    return versions[max(versions)]
-
-
 def test_models_are_listed(models: Callable[..., Any]) -> None:
     shown = models("list")
     assert shown.exit_code == 0, shown.exception
@@ -165,7 +160,7 @@ def test_list_pull_adapt_push_verify(
     done = models("push", file, "--yes", "--json")
     assert done.exit_code == 0, done.exception
     facts = json.loads(done.output)
-    assert facts["digest"] == digest(file.read_bytes()) == digest(newest(stand_in))
+    assert facts["digest"] == digest(file.read_bytes()) == digest(stand_in.newest("Limb"))
     assert facts["beside"] == []
     listed = json.loads(models("list", "--json").output)[0]
     assert listed["latest"] == facts["version"] > START
@@ -186,7 +181,7 @@ def test_a_moved_version_ends_in_status_3_and_says_what_to_do(
         assert done.exit_code == 3
         assert len(done.stderr.splitlines()) == 1
         assert "Pull it, run again from it, pass the gate again, then push" in done.stderr
-    assert newest(stand_in) == OTHER
+    assert stand_in.newest("Limb") == OTHER
     assert stand_in.pending == []
 
 
@@ -197,7 +192,7 @@ def test_a_contribution_carries_the_dice_of_the_gate(
     ((_, _, dice, data),) = stand_in.pending
     assert float(dice) == pytest.approx(0.6)
     assert data == released.read_bytes()
-    assert newest(stand_in) == BASE
+    assert stand_in.newest("Limb") == BASE
 
 
 def test_nobody_to_ask_is_no_yes(
@@ -268,13 +263,13 @@ def test_what_is_not_a_release_needs_force(
     with pytest.raises(DafneFederatedError, match=words) as caught:
         raise models("push", file, "--yes").exception
     assert "--force" in str(caught.value)
-    assert newest(stand_in) == BASE
+    assert stand_in.newest("Limb") == BASE
     assert stand_in.requests == []
     if make is foreign:
         return
     done = models("push", file, "--yes", "--force")
     assert done.exit_code == 0, done.exception
-    assert newest(stand_in) == file.read_bytes()
+    assert stand_in.newest("Limb") == file.read_bytes()
 
 
 def test_a_file_that_was_moved_names_its_run(
@@ -282,7 +277,7 @@ def test_a_file_that_was_moved_names_its_run(
 ) -> None:
     file = moved(tmp_path)
     assert models("push", file, "--yes", "--run", tmp_path / "run").exit_code == 0
-    assert newest(stand_in) == file.read_bytes()
+    assert stand_in.newest("Limb") == file.read_bytes()
 
 
 def test_rolling_back_is_publishing_the_older_version_again(
@@ -295,7 +290,7 @@ def test_rolling_back_is_publishing_the_older_version_again(
         raise models("push", old, "--yes", "--force").exception
     assert models("push", old, "--yes", "--force", "--after", START).exit_code == 3
     assert models("push", old, "--yes", "--force", "--after", version).exit_code == 0
-    assert newest(stand_in) == BASE
+    assert stand_in.newest("Limb") == BASE
     with pytest.raises(DafneFederatedError, match="only with --force"):
         raise models("push", released, "--yes", "--after", version).exception
 

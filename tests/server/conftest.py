@@ -3,16 +3,18 @@
 import copy
 import itertools
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from dafne_stand_in import KEY, StandIn
 from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
+from pydantic import SecretStr
 
 from dafne_federated.core.files import sha256
 from dafne_federated.core.moments import moments
@@ -30,6 +32,8 @@ from dafne_federated.core.wire import (
     StatisticsRequest,
 )
 from dafne_federated.core.wire_arrays import state_record, take_arrays, take_bytes, take_state
+from dafne_federated.server.dafne_connection import DafneConnection
+from dafne_federated.server.rounds import run_rounds
 
 BASE = b"the bytes of a base"
 SLICES = {"site-a": 3, "site-b": 5, "site-c": 2}
@@ -55,6 +59,17 @@ def base_bytes(plan: AdaptationPlan) -> bytes:
         "incremental_learn_function": "def learn(*args):\n    pass\n",
     }
     return pickle.dumps(content, protocol=4)
+
+
+def stop_in(group: object) -> Callable[[Message, RecordDict], RecordDict]:
+    """Return what makes a site stop the whole run when it is asked in a round."""
+
+    def change(message: Message, content: RecordDict) -> RecordDict:
+        if message.metadata.group_id == str(group):
+            raise KeyboardInterrupt
+        return content
+
+    return change
 
 
 class PretendSite:
@@ -276,3 +291,28 @@ def new_pool(
 
 def grid_of(folder: RunFolder, names: str = "abc", **options: Any) -> PretendGrid:
     return PretendGrid([SharingSite(f"site-{n}", folder.plan()) for n in names], **options)
+
+
+def run_with_stops(make_grid: Callable[..., Any], folder: RunFolder, stops: Iterable[int]) -> None:
+    """Run to the end, stopped at the second site in each of the rounds ``stops`` before."""
+    for last in (*stops, None):
+        grid = make_grid(folder)
+        list(grid.sites.values())[1].change = stop_in(last)
+        if last:
+            with pytest.raises(KeyboardInterrupt):
+                run_rounds(grid, folder)
+        else:
+            run_rounds(grid, folder)
+
+
+@pytest.fixture
+def stand_in(server: Any) -> StandIn:
+    """Return the stand-in of a module's own ``server``: with its models, beside its address."""
+    return server[0]
+
+
+@pytest.fixture
+def connection(server: Any) -> Iterator[DafneConnection]:
+    """Yield a connection to a module's own ``server``."""
+    with DafneConnection(server[1], SecretStr(KEY), first_pause=0.01) as connection:
+        yield connection

@@ -1,12 +1,11 @@
 """A contribution arrives whole with its digest, at either server, or the failure is said."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from dafne_stand_in import KEY, START, StandIn, digest
-from pydantic import SecretStr
+from dafne_stand_in import START, StandIn, digest
 
 from dafne_federated.core.errors import ServerError, VersionMovedError
 from dafne_federated.server.dafne_connection import DafneConnection, NoAnswerError, RefusedError
@@ -26,23 +25,6 @@ def server(request: pytest.FixtureRequest, start_server: Callable[..., Any]) -> 
     return stand_in, address
 
 
-@pytest.fixture
-def stand_in(server: Any) -> StandIn:
-    return server[0]
-
-
-@pytest.fixture
-def connection(server: Any) -> Iterator[DafneConnection]:
-    with DafneConnection(server[1], SecretStr(KEY), first_pause=0.01) as connection:
-        yield connection
-
-
-def newest(stand_in: StandIn) -> bytes:
-    """The newest version as every client of the server sees it."""
-    versions = stand_in.models["Thigh"]
-    return versions[max(versions)]
-
-
 def test_a_contribution_arrives_whole_with_its_digest_and_dice(
     stand_in: StandIn, connection: DafneConnection
 ) -> None:
@@ -53,7 +35,7 @@ def test_a_contribution_arrives_whole_with_its_digest_and_dice(
     assert len(sent) == (4 if stand_in.dialect == "php" else 1)  # the older one cannot join parts
     for fields in sent:
         assert fields["original_hash"] == fields["hash"] == digest(DATA)
-    assert newest(stand_in) == BASE
+    assert stand_in.newest("Thigh") == BASE
 
 
 def test_a_contribution_to_a_moved_version_is_not_sent(

@@ -1,6 +1,6 @@
 """What was downloaded is what the server's digest names, however often the line broke."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,6 @@ def server(request: pytest.FixtureRequest, start_server: Callable[..., Any]) -> 
     stand_in, address = start_server(request.param)
     stand_in.models = {"Thigh": {str(START): OLD, str(START + 9): DATA}}
     return stand_in, address
-
-
-@pytest.fixture
-def stand_in(server: Any) -> StandIn:
-    return server[0]
-
-
-@pytest.fixture
-def connection(server: Any) -> Iterator[DafneConnection]:
-    with DafneConnection(server[1], SecretStr(KEY), attempts=4, first_pause=0.01) as connection:
-        yield connection
 
 
 @pytest.fixture

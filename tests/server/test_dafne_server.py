@@ -1,11 +1,10 @@
 """What a Dafne server says of its models is understood, whichever of the two servers says it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from dafne_stand_in import KEY, START, StandIn, digest
-from pydantic import SecretStr
+from dafne_stand_in import START, StandIn, digest
 
 from dafne_federated.core.errors import ServerError, SettingsError
 from dafne_federated.server.dafne_connection import DafneConnection
@@ -19,17 +18,6 @@ def server(request: pytest.FixtureRequest, start_server: Callable[..., Any]) -> 
     stand_in, address = start_server(request.param)
     stand_in.models = {"Thigh": {str(START): OLD, str(START + 9): NEW}, "Leg": {}}
     return stand_in, address
-
-
-@pytest.fixture
-def stand_in(server: Any) -> StandIn:
-    return server[0]
-
-
-@pytest.fixture
-def connection(server: Any) -> Iterator[DafneConnection]:
-    with DafneConnection(server[1], SecretStr(KEY), first_pause=0.01) as connection:
-        yield connection
 
 
 def test_models_are_listed_and_other_files_of_the_folder_are_not(

@@ -13,7 +13,7 @@ from dafne_federated.core.strategy_table import STRATEGY_TABLE
 from dafne_federated.server.release import provenance
 from dafne_federated.server.rounds import run_rounds
 from dafne_federated.server.sampling import sampled
-from tests.server.conftest import PretendGrid, PretendSite
+from tests.server.conftest import PretendGrid, PretendSite, stop_in
 
 Make = Callable[..., Any]
 USABLE = [n for n, rules in STRATEGY_TABLE.items() if rules.late and rules.pairs != "never"]
@@ -165,13 +165,8 @@ def test_after_a_restart_it_is_lost_and_the_run_ends_as_if_it_never_came(new_run
     never, folder = (new_run(deadline=0.1, late="use") for _ in range(2))
     run(never, b=lambda m, c: None if m.metadata.group_id in "12" else c)
 
-    def stop(message: Message, content: RecordDict) -> RecordDict:
-        if message.metadata.group_id == "2":
-            raise KeyboardInterrupt
-        return content
-
     with pytest.raises(KeyboardInterrupt):
-        run(folder, a=stop)
+        run(folder, a=stop_in(2))
     run(folder, b=silent_in("2"))
     assert final(folder) == final(never)
     assert told(folder) == []

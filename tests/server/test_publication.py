@@ -5,14 +5,13 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from dafne_stand_in import KEY, START, StandIn, digest
-from pydantic import SecretStr
 
 from dafne_federated.core.errors import ServerError, VersionMovedError
 from dafne_federated.server import publication
@@ -33,23 +32,6 @@ def server(request: pytest.FixtureRequest, start_server: Callable[..., Any]) -> 
     stand_in.models = {"Thigh": {str(START): BASE}}
     stand_in.may_merge = {"Thigh"}
     return stand_in, address
-
-
-@pytest.fixture
-def stand_in(server: Any) -> StandIn:
-    return server[0]
-
-
-@pytest.fixture
-def connection(server: Any) -> Iterator[DafneConnection]:
-    with DafneConnection(server[1], SecretStr(KEY), first_pause=0.01) as connection:
-        yield connection
-
-
-def newest(stand_in: StandIn) -> bytes:
-    """The newest version as every client of the server sees it."""
-    versions = stand_in.models["Thigh"]
-    return versions[max(versions)]
 
 
 def publish_data(connection: DafneConnection, **options: Any) -> Published:
@@ -75,7 +57,7 @@ def test_what_is_sent_becomes_the_newest_version(
     done = publish(
         connection, "Thigh", data, digest(BASE), lambda *t: told.append(t), part_bytes, 0.0
     )
-    assert newest(stand_in) == data
+    assert stand_in.newest("Thigh") == data
     assert stand_in.models["Thigh"][str(START)] == BASE
     assert done == Published("Thigh", int(max(stand_in.models["Thigh"])), digest(data), ())
     assert told == sorted(told)
@@ -108,7 +90,7 @@ def test_a_moved_version_is_not_overwritten(stand_in: StandIn, connection: Dafne
     with pytest.raises(VersionMovedError, match=r"Pull it, run again .* gate again") as caught:
         publish_data(connection)
     assert (caught.value.base, caught.value.latest) == (START, START + 5)
-    assert newest(stand_in) == OTHER
+    assert stand_in.newest("Thigh") == OTHER
     assert stand_in.routes("upload_merged_model") == []
 
 
@@ -121,7 +103,7 @@ def test_a_version_that_comes_while_parts_travel_is_not_overwritten(
     on(stand_in, "upload_merged_model", 3, other)
     with pytest.raises(VersionMovedError, match="would be lost"):
         publish_data(connection)
-    assert newest(stand_in) == OTHER
+    assert stand_in.newest("Thigh") == OTHER
     assert len(stand_in.routes("upload_merged_model")) == 3  # the last part was kept back
 
 
@@ -131,7 +113,7 @@ def test_a_base_that_the_server_never_had_is_refused(
     with pytest.raises(VersionMovedError, match="no version with the digest of the base") as caught:
         publish(connection, "Thigh", DATA, digest(b"elsewhere"), **QUICK)
     assert caught.value.base is None
-    assert newest(stand_in) == BASE
+    assert stand_in.newest("Thigh") == BASE
 
 
 def test_a_version_of_the_same_moment_is_told(
@@ -142,7 +124,7 @@ def test_a_version_of_the_same_moment_is_told(
 
     on(stand_in, "upload_merged_model", 4, other)  # after the last look, before the last part
     done = publish_data(connection)
-    assert newest(stand_in) == DATA
+    assert stand_in.newest("Thigh") == DATA
     assert len(done.beside) == 1
     assert stand_in.models["Thigh"][str(done.beside[0])] == OTHER
 
@@ -184,7 +166,7 @@ def test_two_versions_never_fall_into_one_second(
     stand_in.models["Thigh"] = {str(stand_in._now): BASE}
     publish_data(connection, pause=PAUSE)
     assert len(stand_in.models["Thigh"]) == 2
-    assert newest(stand_in) == DATA
+    assert stand_in.newest("Thigh") == DATA
     assert slept == [PAUSE, PAUSE]  # before: past the base; after: an overwriting one would show
 
 
@@ -194,7 +176,7 @@ def test_a_version_from_the_future_would_hide_the_new_one(
     stand_in.models["Thigh"] = {str(START + 900_000): BASE}
     with pytest.raises(ServerError, match="ahead of the server's clock"):
         publish_data(connection)
-    assert newest(stand_in) == BASE
+    assert stand_in.newest("Thigh") == BASE
 
 
 @pytest.mark.parametrize("part_bytes", [PART, len(DATA)])
@@ -205,7 +187,7 @@ def test_an_answer_that_is_lost_makes_no_second_version(
     on(stand_in, "upload_merged_model", number, lambda: setattr(stand_in, "lost", 1))
     publish_data(connection, part_bytes=part_bytes)
     assert len(stand_in.models["Thigh"]) == 2
-    assert newest(stand_in) == DATA
+    assert stand_in.newest("Thigh") == DATA
 
 
 def test_a_part_that_is_used_up_while_its_answer_is_lost_is_no_failure(
@@ -238,7 +220,7 @@ def test_a_part_that_is_used_up_while_its_answer_is_lost_is_no_failure(
     monkeypatch.setattr(stand_in, "_php_upload_merged_model", slow)
     done = publish_data(connection)
     assert len(stand_in.routes("upload_merged_model")) == 5  # the last part was refused once
-    assert (newest(stand_in), done.digest) == (DATA, digest(DATA))
+    assert (stand_in.newest("Thigh"), done.digest) == (DATA, digest(DATA))
 
 
 def test_a_model_json_that_hides_the_true_versions_is_noticed(
@@ -257,7 +239,7 @@ def test_parts_that_a_busy_server_turns_away_are_sent_again(
 ) -> None:
     stand_in.answers["upload_merged_model"] = [(503, {}), (502, {})]
     publish_data(connection)
-    assert newest(stand_in) == DATA
+    assert stand_in.newest("Thigh") == DATA
     assert len(stand_in.routes("upload_merged_model")) == 6
 
 
@@ -274,7 +256,7 @@ def test_an_older_version_can_be_published_again(
 ) -> None:
     publish_data(connection)
     publish(connection, "Thigh", BASE, digest(DATA), **QUICK)
-    assert newest(stand_in) == BASE
+    assert stand_in.newest("Thigh") == BASE
     assert len(stand_in.models["Thigh"]) == 3
 
 
@@ -286,7 +268,7 @@ def test_without_the_merge_permission_nothing_changes(
         RefusedError, match=r"status 401, .* lacks the merge permission .*invalid access code"
     ):
         publish_data(connection)
-    assert newest(stand_in) == BASE
+    assert stand_in.newest("Thigh") == BASE
 
 
 def test_damage_on_the_way_leaves_the_newest_version(
@@ -299,10 +281,10 @@ def test_damage_on_the_way_leaves_the_newest_version(
     on(stand_in, "upload_merged_model", 4, damage)
     with pytest.raises(RefusedError, match=r"422, .*: SHA-256 checksum mismatch"):
         publish_data(connection)
-    assert newest(stand_in) == BASE
+    assert stand_in.newest("Thigh") == BASE
     stand_in.before = lambda *_: None
     publish_data(connection)  # and nothing of it is left behind
-    assert newest(stand_in) == DATA
+    assert stand_in.newest("Thigh") == DATA
 
 
 KILLED = """
@@ -350,7 +332,7 @@ def test_a_killed_upload_leaves_the_newest_version_and_is_continued(
     done = publish_data(connection)
     sent = [f["chunk_index"] for r, f in killed.requests[before:] if r == "upload_merged_model"]
     assert sent == ["2", "3"]
-    assert newest(killed) == DATA
+    assert killed.newest("Thigh") == DATA
     assert done.digest == digest(DATA)
     assert list((own_home / "uploads").iterdir()) == []
 
@@ -360,7 +342,7 @@ def test_a_killed_upload_whose_parts_were_cleared_away_begins_anew(
 ) -> None:
     killed.parts.clear()
     publish_data(connection)
-    assert newest(killed) == DATA
+    assert killed.newest("Thigh") == DATA
 
 
 def test_a_killed_upload_is_not_continued_past_a_moved_version(
@@ -369,4 +351,4 @@ def test_a_killed_upload_is_not_continued_past_a_moved_version(
     killed.models["Thigh"][str(START + 5)] = OTHER
     with pytest.raises(VersionMovedError):
         publish_data(connection)
-    assert newest(killed) == OTHER
+    assert killed.newest("Thigh") == OTHER

@@ -14,6 +14,7 @@ from dafne_federated.core.strategy_table import STRATEGY_TABLE
 from dafne_federated.server.release import provenance
 from dafne_federated.server.rounds import run_rounds
 from dafne_federated.strategies.outliers import update_norm
+from tests.server.conftest import stop_in
 
 Make = Callable[..., Any]
 
@@ -85,12 +86,7 @@ def test_a_run_stopped_anywhere_ends_in_the_same_bits(
     folder = new_run(strategy=strategy)
     grid = make_grid(folder)
 
-    def stop(message: Message, content: RecordDict) -> RecordDict:
-        if message.metadata.group_id == str(stopped_in):
-            raise KeyboardInterrupt
-        return content
-
-    list(grid.sites.values())[1].change = stop
+    list(grid.sites.values())[1].change = stop_in(stopped_in)
     with pytest.raises(KeyboardInterrupt):
         run_rounds(grid, folder)
     assert len(folder.rounds()) == stopped_in - 1
@@ -310,12 +306,7 @@ def test_sites_may_change_between_a_stop_and_going_on(new_run: Make, make_grid: 
     folder = new_run()
     grid = make_grid(folder, "abc")
 
-    def stop(message: Message, content: RecordDict) -> RecordDict:
-        if message.metadata.group_id == "2":
-            raise KeyboardInterrupt
-        return content
-
-    next(iter(grid.sites.values())).change = stop
+    next(iter(grid.sites.values())).change = stop_in(2)
     with pytest.raises(KeyboardInterrupt):
         run_rounds(grid, folder)
     run_rounds(make_grid(folder, "ab"), folder)

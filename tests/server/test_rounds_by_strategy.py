@@ -13,7 +13,7 @@ from dafne_federated.core.wire_arrays import rounded
 from dafne_federated.server.release import choose_round
 from dafne_federated.server.rounds import first_state, run_rounds
 from dafne_federated.server.statistics import with_statistics
-from tests.server.conftest import BOTH, grid_of
+from tests.server.conftest import BOTH, grid_of, stop_in
 
 Make = Callable[..., Any]
 WITH_PAIRS = [name for name, rules in STRATEGY_TABLE.items() if rules.pairs != "never"]
@@ -160,12 +160,7 @@ def test_sites_of_any_rank_travel_as_float16_and_stop_anywhere(
             small, _, large = grid.sites.values()
             small.rank, large.rank = 1, 16
 
-            def stop(message: Any, content: Any, last: bool = last) -> Any:
-                if last and message.metadata.group_id == "3":
-                    raise KeyboardInterrupt
-                return content
-
-            large.change = stop
+            large.change = stop_in(3 if last else None)
             if last:
                 with pytest.raises(KeyboardInterrupt):
                     run_rounds(grid, folder)

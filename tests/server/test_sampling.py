@@ -14,6 +14,7 @@ from dafne_federated.core.wire import RoundRequest
 from dafne_federated.server.release import choose_round, provenance
 from dafne_federated.server.rounds import run_rounds
 from dafne_federated.server.sampling import sampled
+from tests.server.conftest import stop_in
 
 Make = Callable[..., Any]
 NAMES = [f"site-{letter}" for letter in "abcdef"]
@@ -88,12 +89,7 @@ def test_a_run_that_goes_on_draws_the_same_sites(new_run: Make, make_grid: Make)
     run_rounds(make_grid(unbroken, "abcd"), unbroken)
     grid = make_grid(folder, "abcd")
 
-    def stop(message: Message, content: RecordDict) -> RecordDict:
-        if message.metadata.group_id == "2":
-            raise KeyboardInterrupt
-        return content
-
-    next(iter(grid.sites.values())).change = stop
+    next(iter(grid.sites.values())).change = stop_in(2)
     with pytest.raises(KeyboardInterrupt):
         run_rounds(grid, folder)
     run_rounds(make_grid(folder, "dcba"), folder)

@@ -5,15 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from dafne_federated.core.errors import RunError
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.core.state import State, state_bytes
-from dafne_federated.server.rounds import run_rounds
 from dafne_federated.server.server_optimiser import stepped
+from tests.server.conftest import run_with_stops
 
 Make = Callable[..., Any]
 OPTIMISERS = ("momentum", "adam")
@@ -129,20 +128,7 @@ def test_a_run_stopped_anywhere_ends_in_the_same_bits(
 ) -> None:
     def run(stops: tuple[int, ...] = (), **settings: Any) -> bytes:
         folder = new_run(strategy=strategy, **settings)
-        for last in (*stops, None):
-            grid = make_grid(folder)
-
-            def stop(message: Message, content: RecordDict, last: Any = last) -> RecordDict:
-                if message.metadata.group_id == str(last):
-                    raise KeyboardInterrupt
-                return content
-
-            list(grid.sites.values())[1].change = stop
-            if last:
-                with pytest.raises(KeyboardInterrupt):
-                    run_rounds(grid, folder)
-            else:
-                run_rounds(grid, folder)
+        run_with_stops(make_grid, folder, stops)
         return state_bytes(folder.plan(), folder.state_after(3))
 
     whole = run(server_optimiser=optimiser)

@@ -25,6 +25,7 @@ from dafne_federated.server.site_noise import (
     with_site_noise,
 )
 from dafne_federated.strategies.site_privacy import moved_norm
+from tests.server.conftest import run_with_stops, stop_in
 
 Make = Callable[..., Any]
 HIDDEN = {"strategy": "frozen-a", "privacy": "site", "noise": 2.0, "clip": 0.4}
@@ -115,20 +116,7 @@ def test_a_run_stopped_anywhere_ends_in_the_same_bits(
         folder = new_run(**(HIDDEN | settings))
         if key:
             folder.noise_key.write_bytes(key)
-        for last in (*stops, None):
-            grid = make_grid(folder)
-
-            def stop(message: Message, content: RecordDict, last: Any = last) -> RecordDict:
-                if message.metadata.group_id == str(last):
-                    raise KeyboardInterrupt
-                return content
-
-            list(grid.sites.values())[1].change = stop
-            if last:
-                with pytest.raises(KeyboardInterrupt):
-                    run_rounds(grid, folder)
-            else:
-                run_rounds(grid, folder)
+        run_with_stops(make_grid, folder, stops)
         return [line.state_digest for line in folder.rounds()]
 
     whole = run()
@@ -184,12 +172,7 @@ def test_a_key_that_is_gone_ends_the_run_in_words(
     folder = new_run(**HIDDEN)
     grid = make_grid(folder)
 
-    def stop(message: Message, content: RecordDict) -> RecordDict:
-        if message.metadata.group_id == "2":
-            raise KeyboardInterrupt
-        return content
-
-    next(iter(grid.sites.values())).change = stop
+    next(iter(grid.sites.values())).change = stop_in(2)
     with pytest.raises(KeyboardInterrupt):
         run_rounds(grid, folder)
     folder.noise_key.unlink()

@@ -59,6 +59,11 @@ class StandIn:
         self.damage = 0
         self._now = START + 1000
 
+    def newest(self, model: str) -> bytes:
+        """The newest version as every client of the server sees it."""
+        versions = self.models[model]
+        return versions[max(versions)]
+
     def clock(self) -> int:
         """One second further at each look, so that tests need not wait."""
         self._now += 1
