@@ -1,6 +1,5 @@
 """The flags of `simulate` as one table, from the command line or from a TOML file."""
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from dafne_federated.core.errors import SettingsError
 from dafne_federated.core.settings import RunSettings, read_settings
+from dafne_federated.core.toml_file import read_toml
 
 
 def numbers(text: object) -> object:
@@ -96,11 +96,7 @@ def read_options(
     """
     values: dict[str, object] = {}
     if path is not None:
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            msg = f"{path}: cannot read settings: {error}"
-            raise SettingsError(msg) from None
+        values = read_toml(path)
     training = {name.replace("_", "-") for name in RunSettings.model_fields}
     known = training | {name.replace("_", "-") for name in SimulationOptions.model_fields}
     for name in values:

@@ -12,7 +12,6 @@ flower/, logs/      Flower's own settings, and what the programs said
 """
 
 import secrets
-import tomllib
 from pathlib import Path
 
 from cryptography import x509
@@ -26,6 +25,7 @@ from dafne_federated.core.dataset import open_folder
 from dafne_federated.core.errors import SettingsError
 from dafne_federated.core.files import private_folder, write_atomic
 from dafne_federated.core.site_request import SiteRequest
+from dafne_federated.core.toml_file import checked, read_toml
 from dafne_federated.core.wire import SiteName
 
 _NAME = TypeAdapter(SiteName)
@@ -49,6 +49,14 @@ class Connection(BaseModel):
 
     coordinator: str = Field(pattern=r"^[A-Za-z0-9.:\[\]_-]+:[0-9]{1,5}$")
     local_port: int = Field(default=9094, ge=1, le=65533)
+
+
+class _Connected(BaseModel):
+    """What of ``site.toml`` is read here."""
+
+    model_config = ConfigDict(frozen=True)
+
+    connection: Connection
 
 
 class SiteFolder:
@@ -78,20 +86,9 @@ class SiteFolder:
         Raises:
             SettingsError: This is no folder of a site, or a setting is wrong.
         """
-        try:
-            values = tomllib.loads(self.settings_file.read_text(encoding="utf-8"))
-            return Connection.model_validate(values.get("connection"))
-        except OSError:
-            msg = f"{self.settings_file}: not found; make it with 'dafne-federated site init'"
-            raise SettingsError(msg) from None
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, ("connection", *first["loc"])))
-            msg = f"{self.settings_file}: {where}: {first['msg']}"
-            raise SettingsError(msg) from None
-        except ValueError as error:
-            msg = f"{self.settings_file}: {error}"
-            raise SettingsError(msg) from None
+        missing = "not found; make it with 'dafne-federated site init'"
+        values = read_toml(self.settings_file, missing)
+        return checked(_Connected, values, self.settings_file).connection
 
     def request_file(self, name: str) -> Path:
         """Return where the request of the site with this name lies."""

@@ -1,6 +1,5 @@
 """What a site says about itself and allows: TOML where people write it, JSON in simulations."""
 
-import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,6 +7,7 @@ from flwr.app import Context
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dafne_federated.core.errors import SettingsError, first_fault
+from dafne_federated.core.toml_file import checked, read_toml
 from dafne_federated.core.wire import SiteName
 
 _PATHS = frozenset({"data", "cache", "bias_fields", "approvals", "inbox"})
@@ -94,9 +94,9 @@ def read_site(path: Path) -> SiteSettings:
     Raises:
         SettingsError: The file is missing or a setting is wrong.
     """
+    if path.suffix == ".toml":
+        return checked(SiteSettings, _toml_values(path), path)
     try:
-        if path.suffix == ".toml":
-            return SiteSettings.model_validate(_toml_values(path))
         return SiteSettings.model_validate_json(path.read_bytes())
     except OSError as error:
         msg = f"{path}: cannot read the settings of the site: {error.strerror}"
@@ -104,13 +104,10 @@ def read_site(path: Path) -> SiteSettings:
     except ValidationError as error:
         msg = f"{path}: {first_fault(error)}"
         raise SettingsError(msg) from None
-    except ValueError as error:
-        msg = f"{path}: {error}"
-        raise SettingsError(msg) from None
 
 
 def _toml_values(path: Path) -> dict[str, Any]:
-    values = tomllib.loads(path.read_text(encoding="utf-8"))
+    values = read_toml(path, "cannot read the settings of the site: no such file")
     values.pop("connection", None)
     values = {name.replace("-", "_"): value for name, value in values.items()}
     values.setdefault("share_statistics", False)  # a hospital says yes, and not nothing

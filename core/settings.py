@@ -1,7 +1,6 @@
 """Settings of a federation, checked once at the edge; one TOML, the same names as the flags."""
 
 import math
-import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -27,6 +26,7 @@ from dafne_federated.core.strategy_table import (
     check_late,
     check_optimisation,
 )
+from dafne_federated.core.toml_file import read_toml
 
 
 class RunSettings(BaseModel):
@@ -281,11 +281,7 @@ def read_settings(path: Path | None, **given: object) -> RunSettings:
     """
     values: dict[str, object] = {}
     if path is not None:
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            msg = f"{path}: cannot read settings: {error}"
-            raise SettingsError(msg) from None
+        values = read_toml(path)
     values |= {name.replace("_", "-"): v for name, v in given.items() if v is not None}
     try:
         return RunSettings.model_validate(values)

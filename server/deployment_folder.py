@@ -11,15 +11,15 @@ logs/               what the programs said
 
 import json
 import secrets
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from dafne_federated.core.errors import SettingsError, first_fault
+from dafne_federated.core.errors import SettingsError
 from dafne_federated.core.files import private_folder, write_atomic
 from dafne_federated.core.flower_command import quiet_environment, write_connection
+from dafne_federated.core.toml_file import checked, read_toml
 from dafne_federated.server.certificates import make_authority, make_server_certificate
 
 
@@ -72,18 +72,9 @@ class ServerFolder:
         Raises:
             SettingsError: This is no folder of a coordinator, or a setting is wrong.
         """
-        try:
-            values = tomllib.loads(self.settings_file.read_text(encoding="utf-8"))
-            return ServerSettings.model_validate(values)
-        except OSError:
-            msg = f"{self.settings_file}: not found; make it with 'dafne-federated server init'"
-            raise SettingsError(msg) from None
-        except ValidationError as error:
-            msg = f"{self.settings_file}: {first_fault(error)}"
-            raise SettingsError(msg) from None
-        except ValueError as error:
-            msg = f"{self.settings_file}: {error}"
-            raise SettingsError(msg) from None
+        missing = "not found; make it with 'dafne-federated server init'"
+        values = read_toml(self.settings_file, missing)
+        return checked(ServerSettings, values, self.settings_file)
 
     @property
     def environment(self) -> dict[str, str]:
