@@ -1,8 +1,10 @@
 """Keep programs running: one that ends is started again, and all end together.
 
-Whoever supervises holds a lock on a file with its process number, so that a second start is
-refused and a stop finds whom to tell. Whatever the programs started themselves ends with them,
-also when the supervisor is killed.
+Whoever supervises holds a lock, so that a second start is refused, and a lock on a file with its
+process number, so that a stop finds whom to tell. That file appears with its number written and
+its lock held, so that the number of one that was killed is never taken for that of the next; and
+who looks at it touches nothing that a start needs. Whatever the programs started themselves ends
+with them, also when the supervisor is killed.
 """
 
 import contextlib
@@ -12,9 +14,10 @@ import os
 import secrets
 import signal
 import subprocess
+import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -46,13 +49,19 @@ class Program:
     environment: Mapping[str, str] = field(repr=False)
 
 
-def supervise(programs: Sequence[Program], folder: Path, lock: Path) -> None:
+def supervise(
+    programs: Sequence[Program],
+    folder: Path,
+    lock: Path,
+    prepare: Callable[[], None] = lambda: None,
+) -> None:
     """Run programs until this process is told to end (SIGTERM, SIGINT or SIGHUP).
 
     Args:
         programs: All of them.
         folder: Where their logs go, ``<name>.log``; private.
-        lock: The file that only one supervisor holds.
+        lock: The file with the number of the one supervisor.
+        prepare: What is done before they start, by nobody else at the same time.
 
     Raises:
         RunError: Another process supervises them.
@@ -60,6 +69,7 @@ def supervise(programs: Sequence[Program], folder: Path, lock: Path) -> None:
     mark = secrets.token_hex(16)
     private_folder(folder)
     with _only_one(lock), _told_to_end() as ended, ended_afterwards(mark):
+        prepare()
         kept = [_Kept(program, folder / f"{program.name}.log", mark) for program in programs]
         while not ended.is_set():
             for one in kept:
@@ -73,7 +83,7 @@ def supervisor(lock: Path) -> int | None:
     """Return the number of the process that supervises, or None."""
     try:
         with lock.open("rb") as file:
-            if _locked(file.fileno()):
+            if _locked(file.fileno(), fcntl.LOCK_SH):  # its process is gone
                 return None
             return int(file.read() or b"0") or None
     except (OSError, ValueError):
@@ -155,21 +165,26 @@ class _Kept:
 
 @contextlib.contextmanager
 def _only_one(lock: Path) -> Iterator[None]:
-    with lock.open("a+b") as file:
-        if not _locked(file.fileno()):
+    with lock.with_name(f"{lock.name}.start").open("ab") as door:
+        if not _locked(door.fileno(), fcntl.LOCK_EX):
             msg = f"{str(lock.parent)!r} is started already"
             raise RunError(msg)
-        file.truncate(0)
-        file.write(str(os.getpid()).encode())
-        file.flush()
-        yield
-        file.truncate(0)
+        handle, temporary = tempfile.mkstemp(dir=lock.parent, prefix=f".{lock.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(str(os.getpid()).encode())
+            file.flush()
+            _locked(handle, fcntl.LOCK_EX)
+            os.replace(temporary, lock)
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
 
 
-def _locked(handle: int) -> bool:
+def _locked(handle: int, kind: int) -> bool:
     """Take the lock of a file that is open, and return whether it was free."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except OSError:
         return False
     return True

@@ -47,10 +47,13 @@ def start_server(folder: ServerFolder) -> None:
         SettingsError: ``folder`` is not one of a coordinator.
         RunError: It runs already.
     """
-    # Flower uses what it unpacked earlier without looking at it again.
-    shutil.rmtree(folder.home / "apps", ignore_errors=True)
-    write_connection(folder.home, folder.settings.local_port, folder.authority)
-    supervise(server_programs(folder), folder.logs, folder.lock)
+
+    def prepare() -> None:
+        # Flower uses what it unpacked earlier without looking at it again.
+        shutil.rmtree(folder.home / "apps", ignore_errors=True)
+        write_connection(folder.home, folder.settings.local_port, folder.authority)
+
+    supervise(server_programs(folder), folder.logs, folder.lock, prepare)
 
 
 def server_health(folder: ServerFolder) -> dict[str, bool]:

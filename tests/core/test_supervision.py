@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,12 @@ import pytest
 from dafne_federated.core.errors import RunError
 from dafne_federated.core.supervision import Program, stop, supervise, supervisor
 
+ALONE = """
+import sys
+from pathlib import Path
+from dafne_federated.core.supervision import supervise
+supervise([], Path(sys.argv[1]) / "logs", Path(sys.argv[1]) / "lock")
+"""
 SUPERVISE = """
 import os, sys
 from pathlib import Path
@@ -90,9 +97,60 @@ def test_there_is_one_supervisor_and_stop_finds_it(
     assert not stop(tmp_path / "lock")
 
 
-def test_logs_hold_what_programs_said_and_are_private(tmp_path: Path) -> None:
-    import threading
+def test_the_number_of_one_that_was_killed_is_never_told_to_end(tmp_path: Path) -> None:
+    lock, command = tmp_path / "lock", [sys.executable, "-P", "-c", ALONE, str(tmp_path)]
+    stranger = subprocess.Popen(["sleep", "100"])
+    killed = subprocess.Popen(command)
+    wait_for(lambda: supervisor(lock) == killed.pid)
+    killed.kill()
+    killed.wait()
+    assert lock.read_text() == str(killed.pid)
+    assert supervisor(lock) is None
+    lock.write_text(str(stranger.pid))  # as if that number was given to somebody else
+    assert not stop(lock)
+    process = subprocess.Popen(command)
+    seen = set()
+    while (number := supervisor(lock)) != process.pid:
+        seen.add(number)
+    assert seen == {None}
+    assert stop(lock)
+    assert (process.wait(10), stranger.poll()) == (0, None)
+    stranger.kill()
+    stranger.wait()
 
+
+def test_who_looks_keeps_nobody_from_starting(tmp_path: Path) -> None:
+    lock, done = tmp_path / "lock", threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            supervisor(lock)
+
+    lookers = [threading.Thread(target=look) for _ in range(3)]
+    for looker in lookers:
+        looker.start()
+    try:
+        for _ in range(3):
+            process = subprocess.Popen([sys.executable, "-P", "-c", ALONE, str(tmp_path)])
+            wait_for(lambda process=process: supervisor(lock) == process.pid)
+            assert stop(lock)
+            assert process.wait(10) == 0
+    finally:
+        done.set()
+        for looker in lookers:
+            looker.join()
+
+
+def test_a_second_start_prepares_nothing(
+    running: "subprocess.Popen[bytes]", tmp_path: Path
+) -> None:
+    done: list[str] = []
+    with pytest.raises(RunError, match="is started already"):
+        supervise([], tmp_path / "logs", tmp_path / "lock", lambda: done.append("prepared"))
+    assert done == []
+
+
+def test_logs_hold_what_programs_said_and_are_private(tmp_path: Path) -> None:
     program = Program("talker", ("sh", "-c", "echo said; exec sleep 50"), dict(os.environ))
 
     def end() -> None:
