@@ -4,8 +4,8 @@ import shutil
 import sys
 
 from dafne_federated.core.errors import RunError
-from dafne_federated.core.flower_command import answers, write_connection
-from dafne_federated.core.health import serving
+from dafne_federated.core.flower_command import write_connection
+from dafne_federated.core.health import serving, speaks_tls
 from dafne_federated.core.supervision import Program, supervise, supervisor
 from dafne_federated.server.deployment_folder import ServerFolder
 
@@ -58,11 +58,11 @@ def start_server(folder: ServerFolder) -> None:
 
 def server_health(folder: ServerFolder) -> dict[str, bool]:
     """Return by program of a coordinator whether it is up."""
-    first = folder.settings.local_port
+    settings, first = folder.settings, folder.settings.local_port
     return {
         "superlink": serving(first + 1),
         "runs": serving(first + 2),
-        "gateway": answers(folder.settings.port),
+        "gateway": speaks_tls(settings.listen, settings.port, folder.authority),
     }
 
 

@@ -24,6 +24,11 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from dafne_federated.server.deployment_folder import ServerFolder
+from dafne_federated.server.gateway_connections import (
+    CONNECTIONS,
+    GatewayConnection,
+    GatewayLoop,
+)
 
 # What a node with a registered key asks for; nodes do not register themselves here.
 # Source: flwr.supernode.fleet_http_client in Flower 1.41.
@@ -38,7 +43,6 @@ PATHS = tuple(
 LARGEST_BODY = 16 * 2**20  # bytes; Flower cuts arrays into pieces of 5 MiB
 _PIECE_WAIT = 30.0  # seconds that a sender may be silent
 _BODY_WAIT = 170.0  # seconds for a whole body; Flower gives up an object after 180
-_CONNECTIONS = 256
 _NOT_FORWARDED = frozenset(
     {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection"}
     | {"te", "trailer", "transfer-encoding", "upgrade", "host"}
@@ -60,7 +64,7 @@ def make_gateway(upstream: str, authority: Path) -> Starlette:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         context = ssl.create_default_context(cafile=str(authority))
-        limits = httpx.Limits(max_connections=_CONNECTIONS, max_keepalive_connections=32)
+        limits = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=32)
         timeout = httpx.Timeout(120.0, connect=5.0)
         async with httpx.AsyncClient(
             base_url=upstream, verify=context, limits=limits, timeout=timeout, trust_env=False
@@ -72,6 +76,31 @@ def make_gateway(upstream: str, authority: Path) -> Starlette:
     app = Starlette(routes=routes, lifespan=lifespan)
     app.router.redirect_slashes = False
     return app
+
+
+def gateway_server(folder: ServerFolder) -> uvicorn.Server:
+    """Return the server of the gateway of a coordinator, to be run.
+
+    Raises:
+        SettingsError: ``folder`` is not one of a coordinator.
+    """
+    settings = folder.settings
+    config = uvicorn.Config(
+        make_gateway(f"https://127.0.0.1:{settings.local_port}", folder.authority),
+        host=settings.listen,
+        port=settings.port,
+        ssl_certfile=str(folder.certificate),
+        ssl_keyfile=str(folder.key),
+        loop=f"{GatewayLoop.__module__}:{GatewayLoop.__name__}",
+        http=GatewayConnection,
+        ws="none",
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=5,
+        server_header=False,
+        access_log=False,
+        log_level="warning",
+    )
+    return uvicorn.Server(config)
 
 
 async def _forward(request: Request) -> Response:
@@ -121,23 +150,5 @@ def _forwarded(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     return [(name, value) for name, value in headers if name.lower() not in _NOT_FORWARDED]
 
 
-def _main() -> None:
-    folder = ServerFolder(Path(sys.argv[1]))
-    settings = folder.settings
-    uvicorn.run(
-        make_gateway(f"https://127.0.0.1:{settings.local_port}", folder.authority),
-        host=settings.listen,
-        port=settings.port,
-        ssl_certfile=str(folder.certificate),
-        ssl_keyfile=str(folder.key),
-        limit_concurrency=_CONNECTIONS,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=5,
-        server_header=False,
-        access_log=False,
-        log_level="warning",
-    )
-
-
 if __name__ == "__main__":
-    _main()
+    gateway_server(ServerFolder(Path(sys.argv[1]))).run()
