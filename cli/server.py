@@ -90,7 +90,9 @@ def register(
 
     Example: dafne-federated server register coordinator clinic clinic.request.json
     """
-    site = register_site(ServerFolder(folder), name, SiteRequest.read(request))
+    opened = ServerFolder(folder)
+    _ = opened.settings  # say what is wrong with the folder, if something is
+    site = register_site(opened, name, SiteRequest.read(request))
     print(f"registered {site.name!r}, fingerprint {site.fingerprint}")
 
 
@@ -102,7 +104,9 @@ def revoke(
 
     Example: dafne-federated server revoke coordinator clinic
     """
-    site = revoke_site(ServerFolder(folder), name)
+    opened = ServerFolder(folder)
+    _ = opened.settings
+    site = revoke_site(opened, name)
     print(f"revoked {site.name!r}, fingerprint {site.fingerprint}")
 
 

@@ -34,17 +34,18 @@ def status(
     Example: dafne-federated server status coordinator
     """
     opened = ServerFolder(folder)
-    while True:
-        lines, up = status_lines(opened)
-        if watch:
-            typer.clear()
-        print("\n".join(printable(line) for line in lines), flush=True)
-        if not watch:
-            raise typer.Exit(0 if up else 1)
-        try:
+    try:
+        while True:
+            lines, up = status_lines(opened)
+            if watch:
+                typer.clear()  # only of a terminal
+                lines = [f"{datetime.now():%H:%M:%S}, again every {_PAUSE:g} s", *lines]
+            print("\n".join(printable(line) for line in lines), flush=True)
+            if not watch:
+                raise typer.Exit(0 if up else 1)
             time.sleep(_PAUSE)
-        except KeyboardInterrupt:
-            return
+    except KeyboardInterrupt:
+        return
 
 
 def status_lines(folder: ServerFolder) -> tuple[list[str], bool]:

@@ -10,18 +10,16 @@ bits and is not counted again. A run that receives what another asked first has 
 own epsilon is that of all releases that it received, and each counts once in that of all runs.
 """
 
-import contextlib
-import fcntl
 import hmac
 import secrets
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dafne_federated.core.errors import ApprovalError
-from dafne_federated.core.files import private_folder, write_atomic
+from dafne_federated.core.files import locked, private_folder, write_atomic
 from dafne_federated.core.privacy_accountant import Spent, epsilon_of
 
 KEY_BYTES = 32
@@ -155,12 +153,9 @@ class PrivacyLedger:
         text = _Ledger(releases=releases).model_dump_json(indent=2)
         write_atomic(self._path, text.encode())
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Let one process at a time look and write; freed when the process ends."""
-        with (self.folder / "lock").open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+    def _locked(self) -> AbstractContextManager[None]:
+        """Let one process at a time look and write."""
+        return locked(self.folder / "lock")
 
 
 _LOST = (

@@ -59,6 +59,7 @@ class ServerFolder:
         self.key = self.path / "keys" / "server.key"
         self.secret = self.path / "keys" / "superexec.secret"
         self.sites = self.path / "sites.json"
+        self.sites_lock = self.path / "sites.lock"
         self.runs = self.path / "runs"
         self.home = self.path / "flower"
         self.database = self.home / "superlink.db"

@@ -12,11 +12,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from dafne_federated.core.errors import SettingsError
-from dafne_federated.core.files import write_atomic
+from dafne_federated.core.files import locked, write_atomic
 from dafne_federated.core.flower_command import CONNECTION, flwr
 from dafne_federated.core.site_request import SiteRequest
 from dafne_federated.core.wire import SiteName
 from dafne_federated.server.deployment_folder import ServerFolder
+from dafne_federated.server.flower_nodes import flower_nodes
 
 
 class RegisteredSite(BaseModel):
@@ -77,25 +78,22 @@ def register(folder: ServerFolder, name: str, request: SiteRequest) -> Registere
     if request.name != name:
         msg = f"the request is of site {request.name!r}, expected {name!r}"
         raise SettingsError(msg)
-    sites = registered_sites(folder)
-    if any(site.name == name and not site.revoked for site in sites):
-        msg = f"a site {name!r} is registered already; revoke it first to give it a new key"
-        raise SettingsError(msg)
-    if any(site.public_key == request.public_key for site in sites):
-        msg = "this key was registered before; the site has to make a new one"
-        raise SettingsError(msg)
-    with tempfile.TemporaryDirectory(dir=folder.home) as scratch:
-        key = Path(scratch) / "key.pub"
-        key.write_text(request.public_key, encoding="utf-8")
-        answer = _supernode(folder, "register", str(key), CONNECTION, "--name", name)
-    site = RegisteredSite(
-        name=name,
-        node=int(answer["node-id"]),
-        public_key=request.public_key,
-        registered=_now(),
-    )
-    _keep(folder, [*sites, site])
-    return site
+    with locked(folder.sites_lock):
+        sites = registered_sites(folder)
+        if any(site.name == name and not site.revoked for site in sites):
+            msg = f"a site {name!r} is registered already; revoke it first to give it a new key"
+            raise SettingsError(msg)
+        if any(site.public_key == request.public_key for site in sites):
+            msg = "this key was registered before; the site has to make a new one"
+            raise SettingsError(msg)
+        site = RegisteredSite(
+            name=name,
+            node=_node(folder, name, request, {site.node for site in sites}),
+            public_key=request.public_key,
+            registered=_now(),
+        )
+        _keep(folder, [*sites, site])
+        return site
 
 
 def revoke(folder: ServerFolder, name: str) -> RegisteredSite:
@@ -107,13 +105,15 @@ def revoke(folder: ServerFolder, name: str) -> RegisteredSite:
         SettingsError: No such site is registered.
         RunError: Flower refused it.
     """
-    sites = registered_sites(folder)
-    for number, site in enumerate(sites):
-        if site.name == name and not site.revoked:
-            _supernode(folder, "unregister", str(site.node), CONNECTION)
-            sites[number] = site.model_copy(update={"revoked": _now()})
-            _keep(folder, sites)
-            return sites[number]
+    with locked(folder.sites_lock):
+        sites = registered_sites(folder)
+        for number, site in enumerate(sites):
+            if site.name == name and not site.revoked:
+                if any(node.number == site.node for node in flower_nodes(folder)):
+                    _supernode(folder, "unregister", str(site.node), CONNECTION)
+                sites[number] = site.model_copy(update={"revoked": _now()})
+                _keep(folder, sites)
+                return sites[number]
     known = sorted({site.name for site in sites if not site.revoked})
     msg = f"expected one of the registered sites {known}, got {name!r}"
     raise SettingsError(msg)
@@ -125,12 +125,28 @@ def site_states(folder: ServerFolder) -> dict[str, str]:
     Raises:
         RunError: The coordinator does not run.
     """
-    listed = {
-        int(node["node-id"]): str(node["status"])
-        for node in _supernode(folder, "list", CONNECTION)["nodes"]
-    }
+    listed = {node.number: node.state for node in flower_nodes(folder)}
     sites = [site for site in registered_sites(folder) if not site.revoked]
     return {site.name: listed.get(site.node, "unknown") for site in sites}
+
+
+def _node(folder: ServerFolder, name: str, request: SiteRequest, ours: set[int]) -> int:
+    """Return Flower's number of a site that we do not know yet.
+
+    Where an earlier call was killed before it could write down what it had registered, Flower
+    knows the site already; what it knows under this name with another key is taken back.
+    """
+    for node in flower_nodes(folder):
+        if node.number in ours or node.name != name:
+            continue
+        if node.public_key == request.public_key:
+            return node.number
+        _supernode(folder, "unregister", str(node.number), CONNECTION)
+    with tempfile.TemporaryDirectory(dir=folder.home) as scratch:
+        file = Path(scratch) / "key.pub"
+        file.write_text(request.public_key, encoding="utf-8")
+        answer = _supernode(folder, "register", str(file), CONNECTION, "--name", name)
+    return int(answer["node-id"])
 
 
 def _supernode(folder: ServerFolder, *arguments: str) -> dict[str, Any]:
