@@ -7,6 +7,7 @@ from flwr.app import Context
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dafne_federated.core.errors import SettingsError, first_fault
+from dafne_federated.core.flower_bundle import run_folder_path
 from dafne_federated.core.toml_file import checked, read_toml
 from dafne_federated.core.wire import SiteName
 
@@ -128,10 +129,11 @@ def site_of(context: Context) -> SiteSettings:
     node: dict[str, Any] = dict(context.node_config)
     if "site" in node:
         return read_site(Path(str(node["site"])))
-    run = str(context.run_config.get("run", ""))
-    files = sorted(Path(run, "sites").glob("*.json"))
+    files: list[Path] = []
+    if "partition-id" in node:
+        files = sorted(run_folder_path(context.run_config).glob("sites/*.json"))
     number = int(node.get("partition-id", -1))
-    if not run or not 0 <= number < len(files):
+    if not 0 <= number < len(files):
         msg = f"this node has no site: expected node configuration 'site', got {sorted(node)}"
         raise SettingsError(msg)
     return read_site(files[number])

@@ -2,21 +2,25 @@
 
 Flower sends every site a zip file, the bundle, puts its folder first on Python's path and runs
 what is in it. Ours holds no code: it names the programs that each side has installed. A site
-that insists on this runs nothing that was sent to it.
+that insists on this runs nothing that was sent to it. Ours holds no path either: the run is
+named, and whoever started the programs of this machine tells them where its runs lie.
 """
 
 import io
 import json
+import os
 import tomllib
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dafne_federated.core.errors import ApprovalError
+from dafne_federated.core.errors import ApprovalError, SettingsError
 from dafne_federated.core.versions import software_version
 
 SERVER_APP = "dafne_federated.server.app:app"
 CLIENT_APP = "dafne_federated.client.app:app"
+RUNS = "DAFNE_FEDERATED_RUNS"  # in the environment: the folder of all runs of this machine
 
 _FILES = frozenset({"pyproject.toml", "README.md", "LICENSE", ".info/CONTENT"})
 _NEEDED = "pyproject.toml"
@@ -34,7 +38,7 @@ def write_app(folder: Path, run: Path) -> None:
 
     Args:
         folder: Where; ``flwr run`` makes the bundle of it.
-        run: The folder of the run, which the server needs to know.
+        run: The folder of the run; only its name is written.
     """
     name = f"dafne-run-{software_version().replace('.', '-')}"
     (folder / _NEEDED).write_text(
@@ -54,11 +58,29 @@ serverapp = "{SERVER_APP}"
 clientapp = "{CLIENT_APP}"
 
 [tool.flwr.app.config]
-run = {json.dumps(str(run.resolve()))}
+run = {json.dumps(run.name)}
 ''',
         encoding="utf-8",
     )
     (folder / "README.md").write_text("Configuration of one federation.\n", encoding="utf-8")
+
+
+def run_folder_path(run_config: Mapping[str, Any]) -> Path:
+    """Return the folder of the run that a configuration names.
+
+    Where Flower's programs are not used, the configuration never leaves this process, nobody
+    says where runs lie, and it holds the path.
+
+    Raises:
+        SettingsError: It names none, or the programs were not told where runs lie.
+    """
+    name, runs = str(run_config.get("run", "")), os.environ.get(RUNS, "")
+    if not runs and Path(name).is_absolute():
+        return Path(name)
+    if not runs or name in ("", "..") or Path(name).name != name:
+        msg = f"expected the name of a run, and in {RUNS} the folder of runs, got {name!r}"
+        raise SettingsError(msg)
+    return Path(runs, name)
 
 
 def check_bundle(content: bytes) -> None:

@@ -1,11 +1,10 @@
 """The Flower ServerApp: run the federation whose folder the run configuration names."""
 
-from pathlib import Path
-
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from dafne_federated.core.errors import DafneFederatedError
+from dafne_federated.core.flower_bundle import run_folder_path
 from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.server.release import release
 from dafne_federated.server.rounds import run_rounds
@@ -16,7 +15,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run all rounds that are left, then release what is better than the base."""
-    folder = RunFolder(Path(str(context.run_config["run"])))
+    folder = RunFolder(run_folder_path(context.run_config))
     with folder.lock():
         folder.event("started")
         try:

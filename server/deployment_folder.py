@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dafne_federated.core.errors import SettingsError
 from dafne_federated.core.files import private_folder, write_atomic
+from dafne_federated.core.flower_bundle import RUNS
 from dafne_federated.core.flower_command import quiet_environment, write_connection
 from dafne_federated.core.toml_file import checked, read_toml
 from dafne_federated.server.certificates import make_authority, make_server_certificate
@@ -80,7 +81,7 @@ class ServerFolder:
     @property
     def environment(self) -> dict[str, str]:
         """The environment for Flower's programs here."""
-        return quiet_environment(self.home)
+        return {**quiet_environment(self.home), RUNS: str(self.runs)}
 
     def run_path(self, name: str) -> Path:
         """Return the folder of a run.

@@ -28,7 +28,7 @@ def run_inline(run: Path, sites: int) -> None:
     Raises:
         DafneFederatedError: What the server raises: too few sites or usable updates.
     """
-    config = {"run": str(run)}
+    config = {"run": str(run.resolve())}
     grid = InlineGrid(client_app, sites, config)
     server_app(grid, _context(_SERVER, {}, config))
 

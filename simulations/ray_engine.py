@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dafne_federated.core.errors import RunError
-from dafne_federated.core.flower_bundle import write_app
+from dafne_federated.core.flower_bundle import RUNS, write_app
 from dafne_federated.core.flower_command import (
     CONNECTION,
     answers,
@@ -50,7 +50,7 @@ def run_ray(run: Path, sites: int, threads: int, parallel: int, gpus_per_site: f
         port = free_port()
         write_app(app, run)
         write_connection(home, port)
-        environment = {**quiet_environment(home), MARK: scratch}
+        environment = {**quiet_environment(home), MARK: scratch, RUNS: str(run.resolve().parent)}
         with log.open("ab") as output, _superlink(port, Path(scratch), environment, output):
             federation = " ".join(
                 [

@@ -1,14 +1,15 @@
 """A site's guard accepts the bundle that is written here, and nothing that holds more."""
 
 import io
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 from flwr.cli.build import build_fab_from_disk
 
-from dafne_federated.core.errors import ApprovalError
-from dafne_federated.core.flower_bundle import check_bundle, write_app
+from dafne_federated.core.errors import ApprovalError, SettingsError
+from dafne_federated.core.flower_bundle import RUNS, check_bundle, run_folder_path, write_app
 
 
 @pytest.fixture
@@ -38,6 +39,29 @@ def changed(files: dict[str, bytes], old: str, new: str) -> bytes:
 def test_what_flower_makes_of_our_app_is_accepted(files: dict[str, bytes]) -> None:
     check_bundle(packed(files))
     assert set(files) == {"pyproject.toml", "README.md", ".info/CONTENT"}
+
+
+def test_no_path_of_the_coordinator_is_in_a_bundle(
+    files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not [name for name, text in files.items() if str(tmp_path.parent).encode() in text]
+    config = tomllib.loads(files["pyproject.toml"].decode())["tool"]["flwr"]["app"]["config"]
+    assert config == {"run": "run 'one'"}
+    monkeypatch.setenv(RUNS, str(tmp_path))
+    assert run_folder_path(config) == tmp_path / "run 'one'"
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../run", "a/b", "/tmp/run"])
+def test_a_run_lies_nowhere_else(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(RUNS, str(tmp_path))
+    with pytest.raises(SettingsError, match="expected the name of a run"):
+        run_folder_path({"run": name})
+    monkeypatch.delenv(RUNS)
+    if not name.startswith("/"):
+        with pytest.raises(SettingsError, match=RUNS):
+            run_folder_path({"run": name})
 
 
 @pytest.mark.parametrize(
