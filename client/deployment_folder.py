@@ -6,6 +6,7 @@ keys/               the site's private key, and a secret between Flower's progra
 NAME.request.json   what the coordinator needs to register the site
 approved-models.json  bases that may run here
 cache/              bases, prepared slices (images of patients) and features
+privacy-marker.json how much the ledger in the cache must hold, once noise was given
 inbox/              bases that came and that nobody approved yet; never executed
 refusals.log        bundles that were refused, and why
 flower/, logs/      Flower's own settings, and what the programs said

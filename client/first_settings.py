@@ -85,6 +85,10 @@ cache = "cache"
 approvals = "approved-models.json"
 inbox = "inbox"
 
+# Says how much the ledger in the cache must hold of what was spent with noise, so that a cache
+# that got lost does not pass for one that spent nothing.
+privacy-marker = "privacy-marker.json"
+
 [connection]
 coordinator = {_text(coordinator)}
 

@@ -2,7 +2,10 @@
 
 Both lie in the folder ``privacy`` of the site's cache and must outlive whatever else is removed
 there: without the ledger a site no longer knows what it spent, and whoever has the key can
-take the noise off. A key without its ledger is therefore refused.
+take the noise off. A key without its ledger is therefore refused. A marker outside the cache
+says how many releases the ledger must hold: one that is lost together with the whole cache, or
+comes from an older backup, is noticed, and no noise is given until the site's people put it back
+or remove the marker.
 
 A release is named by everything that its bits follow from. It is written down before it is
 made: after a kill it counts although nobody saw it, and the same question again gives the same
@@ -68,6 +71,14 @@ class _Ledger(BaseModel):
     releases: tuple[Release, ...] = Field(default=(), strict=False)
 
 
+class _Marker(BaseModel):
+    """How many releases the ledger held at least."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    releases: int = Field(ge=0)
+
+
 class PrivacyLedger:
     """The ledger and the key of a site.
 
@@ -75,16 +86,19 @@ class PrivacyLedger:
         folder: Where they lie; made if it is missing.
         key: Of a site that has none yet. Only a simulation gives it, so that it can be run
             again with the same bits; by default it is made here and known nowhere else.
+        marker: A file that is not lost with ``folder``; None where nothing is to be protected.
 
     Raises:
-        ApprovalError: There is a key and no ledger.
+        ApprovalError: There is a key and no ledger, or less in it than the marker says.
     """
 
-    def __init__(self, folder: Path, key: bytes | None = None) -> None:
+    def __init__(self, folder: Path, key: bytes | None = None, marker: Path | None = None) -> None:
         self.folder = private_folder(folder)
         self._path = folder / "ledger.json"
         self._key = folder / "key"
+        self._marker = marker
         with self._locked():
+            self._compare_with_marker()
             if self._key.exists() and not self._path.exists():
                 raise ApprovalError(_LOST)
             if not self._path.exists():  # before the key, so that a kill leaves no key alone
@@ -136,6 +150,7 @@ class PrivacyLedger:
                 )
                 raise ApprovalError(msg)
             self._write(after)
+            self._mark(len(after))
             return own, total
 
     def _totals(self, releases: tuple[Release, ...], run: str, delta: float) -> tuple[float, float]:
@@ -148,6 +163,32 @@ class PrivacyLedger:
         if len(key) != KEY_BYTES:
             raise ApprovalError(_LOST)
         return hmac.digest(key, f"{purpose}\n{content}".encode(), "sha256")
+
+    def _compare_with_marker(self) -> None:
+        marked = 0
+        if self._marker is not None and self._marker.exists():
+            try:
+                marked = _Marker.model_validate_json(self._marker.read_bytes()).releases
+            except ValidationError:
+                msg = f"the site's file {self._marker.name!r} is damaged; restore it from a backup"
+                raise ApprovalError(msg) from None
+        known = len(self.releases()) if self._path.exists() else 0
+        if known < marked:
+            assert self._marker is not None
+            msg = (
+                f"this site gave {marked} answers with noise, and the ledger of what they spent "
+                f"of its persons' privacy knows {known}; its people must restore the folder "
+                f"'privacy' of its cache, or decide that counting begins anew and remove "
+                f"{self._marker.name!r}"
+            )
+            raise ApprovalError(msg)
+        if known > marked:  # of before there were markers, or killed in between
+            self._mark(known)
+
+    def _mark(self, releases: int) -> None:
+        if self._marker is not None:
+            text = _Marker(releases=releases).model_dump_json()
+            write_atomic(self._marker, text.encode() + b"\n", private=True)
 
     def _write(self, releases: tuple[Release, ...]) -> None:
         text = _Ledger(releases=releases).model_dump_json(indent=2)

@@ -96,7 +96,7 @@ def train_privately(
     if settings.delta * len(set(persons)) >= 1:
         msg = f"the site's delta {settings.delta:g} must be below 1 / persons; it must lower it"
         raise ApprovalError(msg)
-    ledger = PrivacyLedger(site.cache.privacy)
+    ledger = PrivacyLedger(site.cache.privacy, marker=settings.privacy_marker)
     content = _content(site, plan, state, request, slices, persons)
     name, steps = ledger.name(content), mechanism.steps(request.epochs)
     release = Release(

@@ -11,7 +11,7 @@ from dafne_federated.core.flower_bundle import run_folder_path
 from dafne_federated.core.toml_file import checked, read_toml
 from dafne_federated.core.wire import SiteName
 
-_PATHS = frozenset({"data", "cache", "bias_fields", "approvals", "inbox"})
+_PATHS = frozenset({"data", "cache", "bias_fields", "approvals", "inbox", "privacy_marker"})
 
 
 class SiteSettings(BaseModel):
@@ -47,6 +47,8 @@ class SiteSettings(BaseModel):
             statistics.
         max_epsilon: The most epsilon that its persons' data may be used up to where a run hides
             persons, all runs together; a round that would pass it is refused.
+        privacy_marker: A file outside ``cache`` that says how much the ledger in it must hold; in
+            TOML by default ``privacy-marker.json``, in a simulation there is none.
         delta: Of that epsilon; must be below 1 / persons.
         threads: CPU threads, 0 for all cores.
         device: ``auto``, ``cpu`` or ``gpu``.
@@ -76,6 +78,7 @@ class SiteSettings(BaseModel):
     max_epochs: int = Field(default=1000, ge=1)
     rank: int | None = Field(default=None, ge=1, le=256)
     share_statistics: bool = True
+    privacy_marker: Path | None = None
     min_noise: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     max_epsilon: float = Field(default=10.0, gt=0, allow_inf_nan=False)
     delta: float = Field(default=1e-5, gt=0, lt=1)
@@ -112,6 +115,7 @@ def _toml_values(path: Path) -> dict[str, Any]:
     values.pop("connection", None)
     values = {name.replace("-", "_"): value for name, value in values.items()}
     values.setdefault("share_statistics", False)  # a hospital says yes, and not nothing
+    values.setdefault("privacy_marker", "privacy-marker.json")
     for name in _PATHS & values.keys():
         values[name] = path.parent / str(values[name])
     return values

@@ -57,6 +57,8 @@ def test_its_settings_name_every_case_once_and_lie_in_the_folder(
     assert sorted(settings.training + settings.validation) == sorted(cases)
     assert (len(settings.training), len(settings.validation)) == (6, 2)
     assert (settings.cache, settings.inbox) == (site.path / "cache", site.path / "inbox")
+    assert settings.privacy_marker == site.path / "privacy-marker.json"
+    assert not settings.privacy_marker.is_relative_to(settings.cache)
     assert (settings.data, settings.share_statistics) == (squares_folder, False)
     assert site.connection == CONNECTION
 

@@ -1,6 +1,7 @@
 """What was spent is never forgotten, never counted twice, and never passes the bound."""
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -104,6 +105,38 @@ def test_what_is_damaged_or_gone_is_not_an_empty_ledger(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(ApprovalError, match="restore the folder 'privacy'"):
         PrivacyLedger(tmp_path)
+
+
+def test_a_ledger_that_is_lost_with_the_whole_cache_is_noticed(tmp_path: Path) -> None:
+    folder, marker = tmp_path / "cache" / "privacy", tmp_path / "marker.json"
+    PrivacyLedger(folder, marker=marker)
+    shutil.rmtree(tmp_path / "cache")
+    ledger = PrivacyLedger(folder, marker=marker)  # nothing was spent, nothing is lost
+    ledger.spend(release(ledger, "x"), DELTA, 10)
+    shutil.copytree(folder, tmp_path / "backup")
+    ledger.spend(release(ledger, "y"), DELTA, 10)
+    shutil.rmtree(tmp_path / "cache")
+    for _ in range(2):  # it is not made anew by asking again
+        with pytest.raises(ApprovalError, match=r"gave 2 answers .* knows 0; .*'marker\.json'"):
+            PrivacyLedger(folder, marker=marker)
+    shutil.copytree(tmp_path / "backup", folder, dirs_exist_ok=True)
+    with pytest.raises(ApprovalError, match=r"gave 2 answers with noise, and .* knows 1"):
+        PrivacyLedger(folder, marker=marker)
+    marker.unlink()  # the site's people say so
+    again = PrivacyLedger(folder, marker=marker)
+    assert again.spend(release(again, "y"), DELTA, 10)[1] == pytest.approx(cost(8))
+    marker.write_text("{}")
+    with pytest.raises(ApprovalError, match=r"'marker\.json' is damaged"):
+        PrivacyLedger(folder, marker=marker)
+
+
+def test_a_site_that_spent_before_there_were_markers_gets_one(tmp_path: Path) -> None:
+    ledger, marker = PrivacyLedger(tmp_path / "privacy"), tmp_path / "marker.json"
+    ledger.spend(release(ledger, "x"), DELTA, 10)
+    PrivacyLedger(tmp_path / "privacy", marker=marker)
+    shutil.rmtree(tmp_path / "privacy")
+    with pytest.raises(ApprovalError, match="gave 1 answers"):
+        PrivacyLedger(tmp_path / "privacy", marker=marker)
 
 
 def test_a_new_key_makes_other_noise_and_so_another_release(tmp_path: Path) -> None:

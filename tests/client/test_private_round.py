@@ -1,6 +1,7 @@
 """A site hides its persons as it promises, and refuses what the noise would not cover."""
 
 import csv
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -94,6 +95,20 @@ def test_another_question_has_other_noise_and_is_counted(
     assert second.epsilon is not None
     assert second.epsilon > first.epsilon
     assert any(not np.array_equal(other[key], array) for key, array in state.items())
+
+
+def test_a_site_that_lost_its_ledger_gives_no_noise_until_its_people_say_so(
+    make_site: MakeSite, plan: AdaptationPlan, trained: Any, tmp_path: Path
+) -> None:
+    marker = tmp_path / "marker.json"
+    site = site_with(make_site, plan, trained, privacy_marker=str(marker))
+    answered(site, plan)
+    shutil.rmtree(site.path / "cache" / "privacy")
+    words = "gave 1 answers with noise, and the ledger of what they spent .* knows 0"
+    assert re.search(words, refused(site.round(plan, **ASKED)))
+    assert RoundReply.from_record(site.round(plan)).status == "ok"  # without noise it goes on
+    marker.unlink()
+    answered(site, plan)
 
 
 def test_another_key_makes_other_noise(ready: SiteUnderTest, plan: AdaptationPlan) -> None:
