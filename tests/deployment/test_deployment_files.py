@@ -160,9 +160,10 @@ def test_the_pages_tell_of_every_file() -> None:
         assert told, path.name
 
 
-def test_commands_in_the_comments_of_the_files_can_be_typed() -> None:
-    text = (FOLDER / "compose.yaml").read_text() + (FOLDER / "Dockerfile").read_text()
-    found = re.findall(r"run --rm \w+ (.+)$|exec \w+ dafne-federated (.+)$", text, re.MULTILINE)
-    assert len(found) >= 2
+def test_commands_for_containers_can_be_typed() -> None:
+    files = ((FOLDER / name).read_text() for name in ("compose.yaml", "Dockerfile"))
+    text = "\n".join((*files, *PAGES.values())).replace("\\\n", "")
+    found = re.findall(r"run --rm \w+ (.+)$|exec \w+ +dafne-federated (.+)$", text, re.MULTILINE)
+    assert len(found) >= 6
     for words in found:
         require_command(shlex.split(words[0] or words[1]))
