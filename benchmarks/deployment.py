@@ -191,7 +191,7 @@ def started(options, keep):
             process.wait()
 
 
-def run(circle, options, name):
+def run(circle, name):
     """Run a federation; return what there is to tell of it."""
     before = {site: (line.down, line.up) for site, line in circle.lines.items()}
     begun = time.time()
@@ -258,7 +258,7 @@ def main():
         size = (keep / BASE).stat().st_size / 1e6
         print(f"base {size:.1f} MB; {options.layers} of {options.network}; {options.epochs} epochs")
         print(f"set up, start and register: {time.time() - begun:.0f} s\n", flush=True)
-        told = run(circle, options, "local")
+        told = run(circle, "local")
         tables.show(told, circle, watch)
         release = next(told.folder.release.glob("*.model"))
         opened = [sys.executable, __file__, "--keep", keep, "--open", release]
@@ -268,7 +268,7 @@ def main():
             for name, site in circle.sites.items():
                 shutil.rmtree(site.settings.cache / "bases")  # it travels again
                 circle.lines[name].rate = options.rate * 1e6
-            tables.show(run(circle, options, "slow"), circle, watch)
+            tables.show(run(circle, "slow"), circle, watch)
     tables.memory(watch)
     print(f"\n{time.time() - begun:.0f} s")
 

@@ -23,6 +23,7 @@ _ROLES = {
     "server run": "coordinator: command server run",
     "site start": "site: supervisor",
     "flower-supernode": "site: SuperNode",
+    "client.work_starter": "site: SuperExec",
     "flwr-clientapp": "site: ClientApp (one message)",
     "client.guard": "site: ClientApp (one message)",
 }
