@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -248,6 +249,7 @@ def main():
         f'rounds = {options.rounds}\nepochs = {options.epochs}\nlayers = "{options.layers}"\n'
         'device = "cpu"\ngate = "none"\nmin-sites = 4\n'
     )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started ends, too
     begun = time.time()
     print(f"command: python benchmarks/deployment.py {' '.join(sys.argv[1:])}")
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)

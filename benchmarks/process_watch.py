@@ -91,7 +91,9 @@ class Watch:
                     status = (path / "status").read_text()
                 except (OSError, ValueError):
                     continue
-                peak = float(status.partition("VmHWM:")[2].split()[0] or 0) / 1024
+                if "VmHWM:" not in status:  # it is just ending
+                    continue
+                peak = int(status.partition("VmHWM:")[2].split()[0]) / 1024
                 spent = (int(fields[11]) + int(fields[12])) / _TICK
                 started = self._boot + int(fields[19]) / _TICK
                 if known is None:
