@@ -19,6 +19,7 @@ import csv
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import socket
@@ -123,6 +124,15 @@ def write_data(folder, data, rows):
         writer.writerows(rows)
 
 
+def settle(settings_file, rows, threads):
+    """Say in the settings of a site how it computes, and that it measures on its second scan."""
+    text = settings_file.read_text().replace("threads = 0", f"threads = {threads}")
+    first, *second = (row["subject"] for row in rows)
+    for name, cases in (("training", [first]), ("validation", second)):
+        text = re.sub(rf"(?m)^{name} = \[[^\]]*\]", f"{name} = {json.dumps(cases)}", text)
+    settings_file.write_text(text.replace('"auto"', '"cpu"'))
+
+
 @dataclass
 class Circle:
     """What is on this machine: a coordinator, its sites, a line and a supervisor for each."""
@@ -170,9 +180,7 @@ def started(options, keep):
                 "--coordinator", f"localhost:{line.port}", "--data", keep / f"data-{name}",
                 "--local-port", free_ports(3)[0],
             )  # fmt: skip
-            text = site.settings_file.read_text()
-            text = text.replace("threads = 0", f"threads = {options.threads}")
-            site.settings_file.write_text(text.replace('"auto"', '"cpu"'))
+            settle(site.settings_file, rows, options.threads)
             command(keep, "site", "approve", site.path, keep / BASE, "--yes")
         wait_for(lambda: all(server_health(server).values()), "the coordinator is up")
         for name, site in circle.sites.items():
@@ -224,7 +232,7 @@ def main():
     parser.add_argument("--keep", type=Path, required=True, help="a new folder for everything")
     parser.add_argument("--data", type=Path, help="by default spinalcord_gm of the test data")
     parser.add_argument("--network", choices=("thigh", "small"), default="thigh")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--layers", default="decoder")
     parser.add_argument(

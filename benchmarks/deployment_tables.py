@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from dafne_federated.core.run_folder import RunFolder
 
 CLIENT = "site: ClientApp (one message)"
-PARTS = ("until it started", "start, preparation", "training", "measuring", "way back", "combining")
+PARTS = (
+    "until it started",
+    "start, preparation",
+    "training",
+    "network built, measuring",
+    "way back",
+    "combining",
+)
 
 
 @dataclass(frozen=True)
