@@ -13,6 +13,9 @@ from dafne_federated.core.errors import RunError
 
 CONNECTION = "own"  # the one SuperLink that our configuration of Flower knows
 _TIMEOUT = 120.0  # seconds for one command
+# A message waits for its program, and a run for its own, half of this on average; Flower's own
+# choice is 1 s. Whoever sets it in the environment is heard.
+_PATIENT = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25"}
 _QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -38,7 +41,7 @@ def quiet_environment(home: Path, first_on_path: Sequence[Path] = ()) -> dict[st
     for name in ("NO_PROXY", "no_proxy"):
         others = [host for host in os.environ.get(name, "").split(",") if host]
         direct[name] = ",".join(["127.0.0.1", "localhost", *others])
-    return {**os.environ, **_QUIET, **direct, "FLWR_HOME": str(home), "PATH": path}
+    return {**_PATIENT, **os.environ, **_QUIET, **direct, "FLWR_HOME": str(home), "PATH": path}
 
 
 def write_connection(home: Path, port: int, authority: Path | None = None) -> None:
