@@ -81,7 +81,7 @@ def run(sided: Path, bundles_folder: Path, tmp_path_factory: pytest.TempPathFact
         run=tmp_path_factory.mktemp("runs") / "run",
         data=bundles_folder,
         base=sided,
-        settings=SETTINGS,
+        settings=SETTINGS.model_copy(update={"gate": "none"}),
         local_only=False,
         partition=PartitionSettings(sites=2, shares=(2, 1, 1)),
     )
@@ -162,6 +162,15 @@ def test_the_file_beside_it_says_the_same_to_who_copies_both(release: Path, tmp_
     details = provider.model_details("Squares")
     assert {key: details[key] for key in SHOWN} == SHOWN
     assert details["can_incremental_learn"] is True
+
+
+def test_going_back_is_taking_the_newer_file_away(
+    sided: Path, release: Path, local: Any, tmp_path: Path
+) -> None:
+    local.import_model(str(sided), "Squares")
+    assert local.load_model("Squares").timestamp_id == read_model(release).timestamp_id
+    sorted((tmp_path / "models").glob("Squares_*.model"))[-1].rename(tmp_path / "newer.model")
+    assert local.load_model("Squares").timestamp_id == read_model(sided).timestamp_id
 
 
 @pytest.mark.parametrize(
