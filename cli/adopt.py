@@ -25,7 +25,9 @@ def adopt(
     plan: Annotated[
         Path, typer.Option(help="Whose plan: a run folder, or a state file of the same base.")
     ],
-    rank: Annotated[int | None, typer.Option(help="Of the pairs; by default the plan's.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Of the pairs, 16 if in doubt; by default the plan's.")
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Turn a retrained model into adapters, and say how much of the change they keep.
