@@ -25,7 +25,9 @@ def adopt(
     plan: Annotated[
         Path, typer.Option(help="Whose plan: a run folder, or a state file of the same base.")
     ],
-    rank: Annotated[int | None, typer.Option(help="Of the pairs; by default the plan's.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Of the pairs, 16 if in doubt; by default the plan's.")
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Turn a retrained model into adapters, and say how much of the change they keep.
@@ -39,14 +41,20 @@ def adopt(
     result = adopted_state(read_model(base), read_model(upload), chosen, rank)
     save_state(output, chosen, result.state)
     if json_output:
-        facts = {"share": result.share, "shares": result.shares, "left_out": result.left_out}
+        facts = {
+            "share": result.share,
+            "whole": result.whole,
+            "shares": result.shares,
+            "left_out": result.left_out,
+        }
         print(json.dumps(facts, indent=2))
         return
     table = Table("weight", "kind", "share of its change")
     for target in chosen.targets:
         table.add_row(target.key, target.kind, f"{100 * result.shares[target.key]:.2f}%")
     Console().print(table)
-    print(f"{output}: {100 * result.share:.2f}% of the whole change is kept")
+    kept = f"{100 * result.share:.2f}% of the change of what the plan trains is kept"
+    print(f"{output}: {kept}, {100 * result.whole:.2f}% of the change of all weights")
     if result.left_out:
         print(f"changed there, but not part of the plan: {', '.join(result.left_out)}")
 

@@ -16,14 +16,18 @@ from dafne_federated.core.merged_model import adapted_model
 from dafne_federated.core.model_file import ModelFile, read_model, write_model
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RunFolder
-from dafne_federated.core.state import load_state
+from dafne_federated.core.state import State, load_state, state_rank
 from dafne_federated.core.strategy_table import STRATEGY_TABLE
 from dafne_federated.core.versions import versions
 from dafne_federated.server.release import provenance
+from dafne_federated.strategies import STRATEGIES
+from dafne_federated.strategies.aggregation import Update
 
 
 def merge(
-    source: Annotated[Path, typer.Argument(help="A run folder, or a state file (.npz) of a run.")],
+    sources: Annotated[
+        list[Path], typer.Argument(help="A run folder, or state files (.npz) of one plan.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The new .model file.")],
     base: Annotated[
         Path | None, typer.Option(help="The base .model; a run folder has its own.")
@@ -31,17 +35,27 @@ def merge(
     number: Annotated[
         int | None, typer.Option("--round", help="Round of a run folder; by default the last.")
     ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Of several states, such as 3,1; by default all the same.")
+    ] = None,
 ) -> None:
     """Fold adapters into their base and write a .model that Dafne opens.
 
     Folding needs neither the model's code nor TensorFlow, and there is no gate: a run's own
-    release is in its folder.
+    release is in its folder. Of several states the mean of what they do is folded.
 
     Example: dafne-federated merge runs/demo --round 3 -o Thigh_round3.model
     """
     check_output(output)
     told = None
-    if source.is_dir():
+    shares = _weights(weights, len(sources))
+    source = sources[0]
+    if len(sources) > 1:
+        if base is None or number is not None:
+            msg = "expected --base FILE and no --round with several state files"
+            raise SettingsError(msg)
+        plan, state = _mean(sources, shares)
+    elif source.is_dir():
         folder = RunFolder(source)
         strategy = folder.info().settings.strategy
         if not STRATEGY_TABLE[strategy].common:
@@ -80,6 +94,31 @@ def merge(
     if approved:
         approvals.add(written, f"merged here from the approved {model.digest[:16]}")
     print(f"{output}  {written.digest}")
+
+
+def _weights(text: str | None, count: int) -> list[int]:
+    """Return one weight for each source."""
+    given = ["1"] * count if text is None else text.split(",")
+    if len(given) != count or not all(w.strip().isdecimal() and int(w) > 0 for w in given):
+        msg = f"weights: expected {count} whole numbers above 0, one for each state, got {text!r}"
+        raise SettingsError(msg)
+    return [int(weight) for weight in given]
+
+
+def _mean(sources: list[Path], weights: list[int]) -> tuple[AdaptationPlan, State]:
+    """Return the mean of what states of one plan do, at their largest rank."""
+    loaded = [load_state(path) for path in sources]
+    plan = loaded[0][0]
+    for path, (other, _) in zip(sources, loaded, strict=True):
+        if other != plan:
+            msg = f"{path.name}: expected a state of the plan of {sources[0].name}, got another"
+            raise SettingsError(msg)
+    rank = max(state_rank(plan, state) for _, state in loaded)
+    updates = [
+        Update(f"{number:04d}", state, weight)
+        for number, ((_, state), weight) in enumerate(zip(loaded, weights, strict=True))
+    ]
+    return plan, STRATEGIES["product"](plan.model_copy(update={"rank": rank}), updates).state
 
 
 def _trained_round(folder: RunFolder, chosen: int | None) -> int:

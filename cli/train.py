@@ -61,7 +61,7 @@ def train(
     check_output(output)
     check_output(approvals.path, replace=True)
     folder = open_folder(data)
-    labels = _labels(folder)
+    labels = _labels(folder, sides)
     refs = cases_of_site(folder, site)
     parts = split_persons(refs, (4, 1), seed)
     training, validation = ([load_case(ref, folder.labels) for ref in part] for part in parts)
@@ -97,9 +97,14 @@ def train(
         print(f"validation Dice {fit.best_dice:.3f} in epoch {fit.best_epoch} of {epochs_run}")
 
 
-def _labels(folder: DataFolder) -> list[str]:
-    """Return the label names of a folder, channel 1 first; each must be there once."""
+def _labels(folder: DataFolder, sides: bool) -> list[str]:
+    """Return the label names of a folder, channel 1 first; each must be there once.
+
+    With ``sides`` the model names the side itself, so left and right of a label are one.
+    """
     labels = list(folder.labels.values())
+    if sides:
+        return list(dict.fromkeys(n[:-2] if n.endswith(("_L", "_R")) else n for n in labels))
     for label, count in Counter(labels).items():
         if count > 1:
             msg = f"labels: expected a name of its own for each number, got {label!r} {count} times"

@@ -1,5 +1,6 @@
 """A whole model that somebody retrained, as a state of a plan: what training of it would send."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,7 +24,9 @@ class Adopted:
 
     Attributes:
         state: The state; ``fold`` of it into the base comes as near to the model as its rank can.
-        share: Over all weights of the model, those included that the plan does not change.
+        share: Over the weights that the plan trains, all together.
+        whole: Over all weights of the model. Stored variances of normalisations are large numbers:
+            where they moved, they are nearly all of it.
         shares: By weight key of the plan.
         left_out: Norm of the change of each weight that the plan does not change, where there is
             one: stored statistics of normalisations, for example.
@@ -31,6 +34,7 @@ class Adopted:
 
     state: State = field(repr=False)
     share: float
+    whole: float
     shares: dict[str, float]
     left_out: dict[str, float]
 
@@ -80,7 +84,8 @@ def adopt(
     planned = {target.key for target in plan.targets}
     return Adopted(
         state=state,
-        share=_share(sum(missed[key] for key in sorted(missed)), sum(total.values())),
+        share=_joint_share(missed, total, [t.key for t in plan.targets if t.trained]),
+        whole=_joint_share(missed, total, total),
         shares={key: _share(missed[key], total[key]) for key in sorted(planned)},
         left_out={
             key: total[key] ** 0.5 for key in sorted(total) if key not in planned if total[key]
@@ -139,6 +144,13 @@ def _best_pair(target: Target, change: Wide, rank: int) -> Pair:
 
 def _square(array: Wide) -> float:
     return float(np.vdot(array, array))
+
+
+def _joint_share(
+    missed: Mapping[str, float], total: Mapping[str, float], keys: Iterable[str]
+) -> float:
+    chosen = sorted(keys)
+    return _share(sum(missed[key] for key in chosen), sum(total[key] for key in chosen))
 
 
 def _share(missed: float, total: float) -> float:

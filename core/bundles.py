@@ -44,7 +44,9 @@ _DAMAGED = (
 def read_bundle(path: Path, *, name: str, person: str, site: str) -> Case:
     """Read one Dafne bundle: an `.npz` with ``data``, ``resolution`` and ``mask_<label>``.
 
-    Nothing in it is unpickled. ``affine`` is optional, other entries are ignored.
+    Nothing in it is unpickled. ``affine`` is optional, other entries are ignored. A user of Dafne
+    draws in some slices and saves all; like Dafne, which learns from the drawn ones only, nothing
+    is concluded from the others.
 
     Raises:
         DataError: The file is missing, damaged or pickled, or its arrays do not fit together.
@@ -69,7 +71,7 @@ def read_bundle(path: Path, *, name: str, person: str, site: str) -> Case:
             raise DataError(msg)
         masks[key.removeprefix(_MASK)] = mask != 0
     spacing = voxel_size(content["resolution"], path)
-    return Case(name, person, site, as_float32(data), masks, spacing, affine)
+    return Case(name, person, site, as_float32(data), masks, spacing, affine, partly=True)
 
 
 def bundle_labels(path: Path) -> list[str]:

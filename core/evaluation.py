@@ -27,8 +27,8 @@ def evaluate_case(
         cache: Keeps bias fields.
         distances: Whether to measure HD95.
     """
-    found = model.apply(case, predict, classification, cache)
     truth = known_masks(model, case)
+    found = looked_at(case, truth, model.apply(case, predict, classification, cache))
     return agreement(case.name, truth, found, case.spacing, distances)
 
 
@@ -44,6 +44,22 @@ def known_masks(model: RunningModel, case: Case) -> dict[str, npt.NDArray[np.boo
         if plain in model.labels:
             masks[plain] = masks[plain] | mask if plain in masks else mask
     return masks
+
+
+def looked_at(
+    case: Case, truth: dict[str, npt.NDArray[np.bool_]], found: dict[str, npt.NDArray[np.bool_]]
+) -> dict[str, npt.NDArray[np.bool_]]:
+    """Return predictions, without those in slices that nobody looked at; see ``Case.partly``.
+
+    Args:
+        case: The case.
+        truth: Its masks for the labels of the model, (rows, columns, slices) bool.
+        found: The model's masks, in the same shape.
+    """
+    if not case.partly or not truth:
+        return found
+    drawn = np.logical_or.reduce([mask.any(axis=(0, 1)) for mask in truth.values()])
+    return {name: mask & drawn for name, mask in found.items()}
 
 
 def label_map(

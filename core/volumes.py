@@ -52,6 +52,7 @@ class Case:
             has no voxel is an all-False mask; a label that nobody annotated is absent.
         spacing: Size of a voxel along rows, columns and slices, in mm.
         affine: (4, 4) float64 from voxel index to mm in the scanner; None when unknown.
+        partly: Whether slices in which nothing is drawn are ones that nobody looked at.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Case:
     masks: dict[str, NDArray[np.bool_]] = field(repr=False)
     spacing: tuple[float, float, float]
     affine: NDArray[np.float64] | None
+    partly: bool = False
 
 
 @dataclass(frozen=True, eq=False)

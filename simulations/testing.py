@@ -14,7 +14,7 @@ from dafne_federated.core.adapters import AdaptedNetwork
 from dafne_federated.core.approvals import Approvals
 from dafne_federated.core.dataset import CaseRef, DataFolder, load_case, open_folder
 from dafne_federated.core.errors import RunError
-from dafne_federated.core.evaluation import known_masks, label_map
+from dafne_federated.core.evaluation import known_masks, label_map, looked_at
 from dafne_federated.core.metrics import Agreement, agreement, mean
 from dafne_federated.core.model_file import read_model
 from dafne_federated.core.model_runtime import RunningModel
@@ -91,6 +91,7 @@ def measure_case(
         for state in states:
             adapted.write(state)
             found = model.apply(case, adapted.predict, classification, cache)
+            found = looked_at(case, truth, found)
             predictions[arm] = label_map(model, found, index)
             measured.append(agreement(case.name, truth, found, case.spacing))
         for same in zip(*measured, strict=True):

@@ -199,3 +199,27 @@ def squares_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         '{"name": "Squares", "labels": {"1": "bright", "2": "dark"}}'
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def bundles_folder(tmp_path_factory: pytest.TempPathFactory, squares_folder: Path) -> Path:
+    """The persons of ``squares_folder`` as Dafne's desktop program exports them, side named.
+
+    Source: ``prepare_numpy_bundle`` in ``MuscleSegmentation.py`` of the dafne repository: grey
+    values as they were loaded, three lengths, a comment, a mask for each region, no affine.
+    """
+    from dafne_federated.core.dataset import load_case, open_folder
+
+    path = tmp_path_factory.mktemp("bundles")
+    squares = open_folder(squares_folder)
+    for ref in squares.cases:
+        case = load_case(ref, squares.labels)
+        masks = {f"mask_{name}_R": mask.astype(np.uint8) for name, mask in case.masks.items()}
+        np.savez_compressed(
+            path / f"{ref.name}.npz",
+            data=case.image,
+            resolution=np.array(case.spacing),
+            comment="",  # type: ignore[arg-type]
+            **masks,
+        )
+    return path

@@ -123,6 +123,37 @@ def test_a_state_file_says_what_it_knows(tmp_path: Path, base: Path, plan: Adapt
     json.dumps(told)
 
 
+@pytest.mark.parametrize(("weights", "share"), [((), 0.5), (("--weights", "3,1"), 0.75)])
+def test_of_several_states_the_mean_of_what_they_do_is_folded(
+    tmp_path: Path, base: Path, plan: AdaptationPlan, weights: Any, share: float
+) -> None:
+    files = [tmp_path / "one.npz", tmp_path / "two.npz"]
+    for file, state in zip(files, STATES, strict=True):
+        save_state(file, plan, state)
+    done = run(*files, "--base", base, "--output", tmp_path / "merged.model", *weights)
+    assert done.exit_code == 0, done.exception
+    want = 1 + share * np.float32([1, 2]) + (1 - share) * np.float32([2, 4])
+    np.testing.assert_allclose(read_model(tmp_path / "merged.model").weights["0000"], want)
+
+
+def test_states_of_several_plans_are_not_mixed(
+    tmp_path: Path, base: Path, plan: AdaptationPlan
+) -> None:
+    other = plan.model_copy(update={"labels": ("bone",)})
+    files = [tmp_path / "one.npz", tmp_path / "two.npz"]
+    for file, its in zip(files, (plan, other), strict=True):
+        save_state(file, its, STATES[0])
+    output = ("--output", tmp_path / "merged.model")
+    for arguments, words in (
+        ((*files, "--base", base), "two.npz: expected a state of the plan of one.npz"),
+        (files, "expected --base FILE and no --round with several"),
+        ((files[0], files[0], "--base", base, "--weights", "1"), "expected 2 whole numbers"),
+        ((files[0], files[0], "--base", base, "--weights", "1,0"), "expected 2 whole numbers"),
+    ):
+        with pytest.raises(DafneFederatedError, match=words):
+            raise run(*arguments, *output).exception
+
+
 def test_what_cannot_be_merged_is_one_error(
     tmp_path: Path, base: Path, plan: AdaptationPlan, make_run: Any
 ) -> None:

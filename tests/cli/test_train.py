@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from dafne_federated.cli import train as module
 from dafne_federated.core.approvals import Approvals
 from dafne_federated.core.errors import DafneFederatedError
-from dafne_federated.core.model_file import read_model
+from dafne_federated.core.model_file import model_labels, read_model
 
 app = typer.Typer()
 app.command()(module.train)
@@ -94,3 +94,18 @@ def test_a_grid_of_too_many_pixels_is_one_error(tmp_path: Path, squares_folder: 
     with pytest.raises(DafneFederatedError, match="at most 1024 pixels, got 40000"):
         raise done.exception
     assert done.output == ""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("backend")
+def test_what_dafne_exports_trains_the_same_model_as_nifti_pairs(
+    tmp_path: Path, squares_folder: Path, bundles_folder: Path
+) -> None:
+    models = []
+    for folder in (squares_folder, bundles_folder):
+        output = tmp_path / f"{folder.name}.model"
+        done = run(folder, "-o", output, "--epochs", 1, "--sides", "--name", "Squares")
+        assert done.exit_code == 0, done.exception
+        models.append(read_model(output))
+    assert models[0].content_digest == models[1].content_digest
+    assert list((model_labels(models[1]) or {}).values()) == ["bright", "dark"]

@@ -107,7 +107,8 @@ def test_what_the_plan_cannot_carry_is_named_and_counts() -> None:
     result = adopt(base, retrained(base, change), plan)
     assert result.left_out == {"0008": pytest.approx(9.0, rel=1e-6)}
     assert result.shares["0004"] == pytest.approx(1)
-    assert result.share == pytest.approx(12 / (12 + 81), rel=1e-5)
+    assert result.share == pytest.approx(1)
+    assert result.whole == pytest.approx(12 / (12 + 81), rel=1e-5)
 
 
 def test_input_channels_that_a_pair_does_not_cover_are_counted_as_lost() -> None:

@@ -47,6 +47,7 @@ def test_what_is_written_is_what_is_read(tmp_path: Path, seed: int, placed: bool
     for name, mask in case.masks.items():
         np.testing.assert_array_equal(read.masks[name], mask)
     np.testing.assert_array_equal(read.affine, case.affine)
+    assert read.partly  # slices without a region are ones that a user of Dafne left out
     assert bundle_labels(tmp_path / "one.npz") == ["empty", "vastus_L"]
 
 

@@ -91,6 +91,24 @@ def test_ours_and_dafnes_way_of_applying_agree(
     assert (mean_dice(rows) or 0) > 0.85
 
 
+def test_slices_that_nobody_looked_at_say_nothing_about_a_model(
+    trained: Any, file: ModelFile, make_case: Any
+) -> None:
+    whole = make_case("new", 79)
+    drawn = {n: m & (np.arange(m.shape[-1]) < 2) for n, m in whole.masks.items()}
+    running = RunningModel(file, trained.approvals)
+    alone = replace(
+        whole, image=whole.image[..., :2], masks={n: m[..., :2] for n, m in whole.masks.items()}
+    )
+    partly, fully = (
+        evaluate_case(running, replace(whole, masks=drawn, partly=partly), distances=False)
+        for partly in (True, False)
+    )
+    want = evaluate_case(running, alone, distances=False)
+    assert [row.dice for row in partly] == [row.dice for row in want]
+    assert all(low.dice < row.dice - 0.2 for low, row in zip(fully, partly, strict=True))
+
+
 def test_slices_are_those_that_dafnes_generator_holds(
     trained: Any, file: ModelFile, make_case: Any
 ) -> None:
