@@ -34,6 +34,9 @@ def benchmark(
     final: Annotated[
         bool, typer.Option(help="Afterwards make the test; no fit can be added then.")
     ] = False,
+    results: Annotated[
+        Path | None, typer.Option(help="Folder to keep lines and table in, without images.")
+    ] = None,
     quiet: Annotated[bool, typer.Option(help="Say nothing until the end.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> None:
@@ -45,9 +48,11 @@ def benchmark(
     Example: dafne-federated benchmark phantoms --run runs/phantoms
     """
     from dafne_federated.simulations.benchmark_folder import BenchmarkFolder
+    from dafne_federated.simulations.benchmark_report import write_benchmark_report
+    from dafne_federated.simulations.benchmark_results import keep_results
     from dafne_federated.simulations.benchmark_run import Benchmark, run_benchmark
     from dafne_federated.simulations.benchmark_scenario import read_scenario
-    from dafne_federated.simulations.benchmark_table import markdown, table
+    from dafne_federated.simulations.benchmark_table import markdown, measured, table
 
     name, content = read_scenario(scenario)
     folder = BenchmarkFolder((run or Path("runs") / name).resolve())
@@ -67,8 +72,14 @@ def benchmark(
         tell=(lambda _line: None) if quiet else lambda line: print(line, file=sys.stderr),
     )
     failed = run_benchmark(job, final)
-    rows = table(folder, tested=final and not failed)
-    print(json.dumps([row.as_json() for row in rows], indent=1) if as_json else markdown(rows))
+    found = measured(folder)
+    rows = table(folder, found)
+    shown = json.dumps([row.as_json() for row in rows], indent=1)
+    print(shown if as_json else markdown(rows, found.tested))
+    if results is not None:
+        keep_results(folder, found, results)
+    report = write_benchmark_report(folder)
+    job.tell(f"report, with pictures of persons: {report}")
     if failed:
         msg = f"{len(failed)} pieces failed, first {failed[0]}; start again to try them again"
         raise RunError(msg)

@@ -11,7 +11,7 @@ from dafne_federated.simulations.benchmark_records import FitLine, Score
 from dafne_federated.simulations.benchmark_scenario import Scenario
 
 # Raise when a fit or its figures come about in another way, so that old ones are not taken.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)

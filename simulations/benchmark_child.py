@@ -208,8 +208,11 @@ def _tests(task: Task, group: Group) -> None:
         if key in done:
             continue
         chosen = models(task, arm, load_weights(task, key))
-        scores = task.scores(chosen, task.division.test, distances=True)
-        scores += task.scores(chosen, task.division.held_out, held_out=True, distances=True)
+        division, drawn = task.division, {} if cell == cells[0] else None
+        scores = task.scores(chosen, division.test, False, True, drawn)
+        scores += task.scores(chosen, division.held_out, True, True, drawn)
+        if drawn:
+            write_atomic(task.folder.pictures(key), npz_bytes(drawn))
         line = TestLine(
             cell=key,
             scenario=task.started.name,

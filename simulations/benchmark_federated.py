@@ -3,6 +3,9 @@
 import shutil
 from pathlib import Path
 
+from flwr.app import Context, Message
+
+from dafne_federated.client.app import app as client_app
 from dafne_federated.client.site_settings import SiteSettings
 from dafne_federated.core.model_file import read_model
 from dafne_federated.core.new_run import make_plan, start_run
@@ -21,8 +24,8 @@ def fit_federated(task: Task, cell: str, persons: int, settings: RunSettings) ->
     """Run a federation and keep the round with the best Dice on the sites' validation persons.
 
     All states are measured here after the run, on the same slices and in the same way as the
-    epochs of other arms; the time of it counts as theirs does. What is left of a run that was
-    killed goes on after its last round.
+    epochs of other arms; the time of it counts as theirs does. A fit that was killed is made
+    anew, so that its times are whole.
 
     Args:
         task: The task.
@@ -31,15 +34,39 @@ def fit_federated(task: Task, cell: str, persons: int, settings: RunSettings) ->
         settings: Of the federation.
     """
     folder = RunFolder(task.folder.path / "runs" / cell)
-    if not (folder.path / "run.json").exists():
-        shutil.rmtree(folder.path, ignore_errors=True)
-        _start(task, folder.path, persons, settings)
-    sites = len(task.division.sites)
-    if not (folder.path / "result.json").exists():
-        run_inline(folder.path, sites)
-    fitted = _measured(task, folder, persons)
+    shutil.rmtree(folder.path, ignore_errors=True)
+    _start(task, folder.path, persons, settings)
+    times = _Times()
+    run_inline(folder.path, len(task.division.sites), times)
+    fitted = _measured(task, folder, persons, times)
     shutil.rmtree(folder.path)
     return fitted
+
+
+class _Times:
+    """The ClientApp, and how long it took for each round and node, in processor time."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[tuple[str, int], float] = {}
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Let the ClientApp handle a message."""
+        watch = Stopwatch.started()
+        reply = client_app(message, context)
+        key = message.metadata.group_id, context.node_id
+        self._seconds[key] = self._seconds.get(key, 0.0) + watch.cpu_seconds
+        return reply
+
+    def of_round(self, number: int) -> list[float]:
+        """Return the times of the sites in a round; what was asked before counts as round 1."""
+        groups = {group for group, _ in self._seconds}
+        early = {group for group in groups if not group.isdecimal()}
+        wanted = {str(number)} | (early if number == 1 else set())
+        by_node: dict[int, float] = {}
+        for (group, node), seconds in self._seconds.items():
+            if group in wanted:
+                by_node[node] = by_node.get(node, 0.0) + seconds
+        return list(by_node.values())
 
 
 def _start(task: Task, path: Path, persons: int, settings: RunSettings) -> None:
@@ -62,7 +89,7 @@ def _start(task: Task, path: Path, persons: int, settings: RunSettings) -> None:
     start_run(path, task.base_path, base, plan, settings, "dafne-federated benchmark")
 
 
-def _measured(task: Task, folder: RunFolder, persons: int) -> Fitted:
+def _measured(task: Task, folder: RunFolder, persons: int, times: _Times) -> Fitted:
     plan, settings = folder.plan(), folder.info().settings
     validation = pooled(list(task.site_validation().values()))
     unseen = validation.without_weights() if validation else None
@@ -79,9 +106,9 @@ def _measured(task: Task, folder: RunFolder, persons: int) -> Fitted:
         task.write(now)
         watch = Stopwatch.started()
         dice = slice_dice(task.model.network.predict_on_batch, unseen) if unseen else None
-        each = [site.seconds for site in line.sites.values()]
-        seconds += sum(each) + watch.seconds
-        longest += max(each) + watch.seconds
+        measuring, each = watch.cpu_seconds, times.of_round(line.round)
+        seconds += sum(each) + measuring
+        longest += max(each) + measuring
         sent += sum(site.bytes_down + site.bytes_up for site in line.sites.values()) / 1e6
         curve.append(
             Point(

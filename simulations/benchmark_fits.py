@@ -56,7 +56,7 @@ def fit_whole(
     """
     task.write(start)
     before = None if scratch else task.validation_dice(validation)
-    times: list[float] = [time.monotonic()]
+    times: list[float] = [time.process_time()]
     fit = train_network(
         task.model.network,
         task.loss,
@@ -67,7 +67,7 @@ def fit_whole(
         settings.batch_size,
         settings.learning_rate,
         seed,
-        lambda *_figures: times.append(time.monotonic()),
+        lambda *_figures: times.append(time.process_time()),
     )
     curve = tuple(
         Point(epoch=number, seconds=at - times[0], longest=at - times[0], megabytes=0, dice=dice)

@@ -66,6 +66,11 @@ class BenchmarkFolder:
         return self.path / "final.jsonl"
 
     @property
+    def report(self) -> Path:
+        """The report, with pictures of persons: for this machine alone."""
+        return self.path / "report.html"
+
+    @property
     def cache(self) -> Path:
         """Prepared slices, bias fields and features."""
         return self.path / "cache"
@@ -101,6 +106,10 @@ class BenchmarkFolder:
     def fit(self, cell: str) -> Path:
         """Return the file of the weights of a finished fit."""
         return self.path / "fits" / f"{cell}.npz"
+
+    def pictures(self, cell: str) -> Path:
+        """Return the file of what a fit drew on test persons."""
+        return self.path / "pictures" / f"{cell}.npz"
 
 
 def folder_digest(images: DataFolder) -> str:

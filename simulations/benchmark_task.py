@@ -13,8 +13,8 @@ from dafne_federated.core.approvals import Approvals
 from dafne_federated.core.backend import set_seed
 from dafne_federated.core.base_training import FitSettings, propose_spec, train_base
 from dafne_federated.core.dataset import DataFolder, load_case, open_folder, split_persons
-from dafne_federated.core.evaluation import evaluate_case
-from dafne_federated.core.metrics import judged, mean
+from dafne_federated.core.evaluation import known_masks, label_map
+from dafne_federated.core.metrics import agreement, judged, mean
 from dafne_federated.core.model_file import Weights, read_model, write_model
 from dafne_federated.core.model_runtime import Loss, RunningModel, build_model
 from dafne_federated.core.new_task import new_task
@@ -155,6 +155,7 @@ class Task:
         names: Sequence[str],
         held_out: bool = False,
         distances: bool = False,
+        pictures: dict[str, npt.NDArray[np.uint8]] | None = None,
     ) -> list[Score]:
         """Return how models segment persons.
 
@@ -163,19 +164,20 @@ class Task:
             names: Names of the cases.
             held_out: Whether their site took no part.
             distances: Whether to measure HD95.
+            pictures: Filled with what the first model asked drew on ``shown_slice`` of each case.
         """
         found = []
         for name in names:
             case = self.case(name)
+            truth = known_masks(self.model, case)
             asked = [models[case.site]] if case.site in models else list(models.values())
-            rows = [
-                judged(
-                    evaluate_case(
-                        self.model, case, predict, "", self.bias_fields, distances=distances
-                    )
-                )
-                for predict in asked
-            ]
+            rows = []
+            for predict in asked:
+                drawn = self.model.apply(case, predict, cache=self.bias_fields)
+                rows.append(judged(agreement(name, truth, drawn, case.spacing, distances)))
+                if pictures is not None:
+                    index = shown_slice(truth)
+                    pictures.setdefault(name, label_map(self.model, drawn, index))
             for same in zip(*rows, strict=True):
                 dice, hd95 = mean([row.dice for row in same]), mean([row.hd95 for row in same])
                 found.append(
@@ -199,6 +201,11 @@ class Task:
             if slices is not None:
                 self._cache.keep_slices(key, slices)
         return slices
+
+
+def shown_slice(truth: Mapping[str, npt.NDArray[np.bool_]]) -> int:
+    """Return the slice with the most that people drew."""
+    return int(np.argmax(np.sum([mask.sum(axis=(0, 1)) for mask in truth.values()], axis=0)))
 
 
 def division_of(folder: BenchmarkFolder, started: Started, fold: int) -> Division:
