@@ -1,7 +1,7 @@
 """The grid of a benchmark: which fits there are, and which choice of settings is made."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,11 +124,3 @@ def person_means(scores: Sequence[Score]) -> Mapping[str, float]:
         by_label = [mean([s.dice for s in own if s.label == label]) for label in labels]
         found[person] = mean(by_label) or 0.0
     return found
-
-
-def all_cells(scenario: Scenario) -> Iterator[Cell]:
-    """Yield each fit that there may be."""
-    for group in groups(scenario):
-        for variant in range(len(scenario.arms[group.arm].variants)):
-            for seed in scenario.seeds:
-                yield Cell(group, variant, seed)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dafne_federated.core.backend import prepare_backend, set_seed
 from dafne_federated.core.errors import DafneFederatedError, RunError
@@ -208,7 +209,8 @@ def _tests(task: Task, group: Group) -> None:
         if key in done:
             continue
         chosen = models(task, arm, load_weights(task, key))
-        division, drawn = task.division, {} if cell == cells[0] else None
+        division = task.division
+        drawn: dict[str, NDArray[np.uint8]] | None = {} if cell == cells[0] else None
         scores = task.scores(chosen, division.test, False, True, drawn)
         scores += task.scores(chosen, division.held_out, True, True, drawn)
         if drawn:

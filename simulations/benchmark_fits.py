@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from dafne_federated.core.errors import RunError
 from dafne_federated.core.fine_tuning import fine_tune, plan_fine_tuning
@@ -19,6 +20,7 @@ from dafne_federated.simulations.benchmark_arms import WholeSettings
 from dafne_federated.simulations.benchmark_records import Point
 from dafne_federated.simulations.benchmark_task import Task
 
+Array = npt.NDArray[np.generic]
 POOLED = ""  # the key of a model that is for everybody
 
 
@@ -187,7 +189,7 @@ def pooled(parts: Sequence[PreparedSlices]) -> PreparedSlices | None:
     return concatenate(parts) if parts else None
 
 
-def _half(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+def _half(one: Array, other: Array) -> Array:
     return (0.5 * one.astype(np.float64) + 0.5 * other.astype(np.float64)).astype(one.dtype)
 
 

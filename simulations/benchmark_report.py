@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dafne_federated.core.dataset import load_case, open_folder
 from dafne_federated.core.files import write_atomic
@@ -175,8 +176,8 @@ def _worst(folder: BenchmarkFolder, found: Measured, rows: Sequence[Row]) -> lis
     views = []
     for person in lowest:
         ref = next(ref for ref in images.cases if ref.person == person)
-        drawn = {arm: _drawn(folder, fits, ref.name) for arm, fits in first.items()}
-        drawn = {arm: mask for arm, mask in drawn.items() if mask is not None}
+        masks = {arm: _drawn(folder, fits, ref.name) for arm, fits in first.items()}
+        drawn = {arm: mask for arm, mask in masks.items() if mask is not None}
         overlay = _overlay(load_case(ref, images.labels), list(images.labels.values()), drawn)
         views.append(
             Worst(
@@ -200,7 +201,7 @@ def _means(found: Measured, fits: Sequence[FitLine]) -> dict[str, float]:
     return dict(person_means(scores))
 
 
-def _drawn(folder: BenchmarkFolder, fits: Sequence[FitLine], case: str) -> np.ndarray | None:
+def _drawn(folder: BenchmarkFolder, fits: Sequence[FitLine], case: str) -> NDArray[np.uint8] | None:
     for fit in fits:
         path = folder.pictures(fit.cell)
         if path.exists():
@@ -210,7 +211,7 @@ def _drawn(folder: BenchmarkFolder, fits: Sequence[FitLine], case: str) -> np.nd
     return None
 
 
-def _overlay(case: Case, labels: Sequence[str], drawn: dict[str, np.ndarray]) -> Overlay:
+def _overlay(case: Case, labels: Sequence[str], drawn: dict[str, NDArray[np.uint8]]) -> Overlay:
     marked = np.sum([mask.sum(axis=(0, 1)) for mask in case.masks.values()], axis=0)
     index = int(np.argmax(marked))
     truth = np.zeros(case.image.shape[:2], np.uint8)

@@ -25,7 +25,7 @@ from dafne_federated.simulations.benchmark_cells import (
 )
 from dafne_federated.simulations.benchmark_folder import BenchmarkFolder, Started, data_digest
 from dafne_federated.simulations.benchmark_images import source_folder, write_images
-from dafne_federated.simulations.benchmark_records import FitLine, TestLine, read_lines
+from dafne_federated.simulations.benchmark_records import FitLine, read_lines
 from dafne_federated.simulations.benchmark_scenario import Scenario
 
 _POLL = 0.5  # seconds between two looks at a child
@@ -84,8 +84,9 @@ def run_benchmark(benchmark: Benchmark, final: bool = False) -> list[str]:
     _refuse_after_test(folder, started, chosen)
     folder.begin(started)
     write_images(scenario, source, folder.images(started))
-    failed = _bases(benchmark, started)
+    _bases(benchmark, started)
     progress = Progress(benchmark, started, chosen)
+    failed: list[str] = []
     first = [group for group in chosen if scenario.arms[group.arm].where != "ensemble"]
     rest = [group for group in chosen if group not in first]
     for part in (first, rest):  # an ensemble takes what others trained
@@ -94,17 +95,6 @@ def run_benchmark(benchmark: Benchmark, final: bool = False) -> list[str]:
         _keep_choice(folder, started, chosen)
         failed += _pieces(benchmark, "tests", chosen, None)
     return failed
-
-
-def finished_fits(folder: BenchmarkFolder, started: Started) -> list[FitLine]:
-    """Return the lines of all fits of the scenario as it stands now, in the order of its grid."""
-    known = {line.cell: line for line in read_lines(folder.results, FitLine)}
-    scenario = started.scenario
-    keys = []
-    for group in groups(scenario):
-        for cell in first_cells(scenario, group):
-            keys += [cell_key(scenario, one, started.data_digest) for one in _seeds(scenario, cell)]
-    return [known[key] for key in dict.fromkeys(keys) if key in known]
 
 
 def chosen_fits(folder: BenchmarkFolder, started: Started) -> list[FitLine]:
@@ -187,10 +177,6 @@ class Progress:
         return {line.cell: line for line in lines}
 
 
-def _seeds(scenario: Scenario, cell: Cell) -> list[Cell]:
-    return [Cell(cell.group, cell.variant, seed) for seed in scenario.seeds]
-
-
 def _wanted(group: Group, benchmark: Benchmark) -> bool:
     return not benchmark.only or group.arm in benchmark.only
 
@@ -249,17 +235,16 @@ def _keep_choice(folder: BenchmarkFolder, started: Started, chosen: Sequence[Gro
     write_atomic(path, json.dumps(content, indent=1).encode())
 
 
-def _bases(benchmark: Benchmark, started: Started) -> list[str]:
-    folder, failed = benchmark.folder, []
+def _bases(benchmark: Benchmark, started: Started) -> None:
+    """Train the bases that are missing, one after the other."""
     for number, fold in enumerate(started.scenario.persons.folds):
-        if not (folder.base(started, fold) / "task.model").exists():
+        if not (benchmark.folder.base(started, fold) / "task.model").exists():
             begun = time.monotonic()
-            words = _child(benchmark, f"base-{number}", ["base", str(number)], None)
-            if words:
-                raise RunError(words)
+            failure = _child(benchmark, f"base-{number}", ["base", str(number)], None)
+            if failure:
+                raise RunError(failure)
             name = f" of fold {fold.name}" if fold.name else ""
             benchmark.tell(f"base{name}: {time.monotonic() - begun:.0f} s")
-    return failed
 
 
 def _pieces(
@@ -317,8 +302,3 @@ def _resident_mib(number: int) -> float:
     except (OSError, IndexError, ValueError):
         return 0.0
     return pages * os.sysconf("SC_PAGE_SIZE") / _MIB
-
-
-def read_tests(folder: BenchmarkFolder) -> list[TestLine]:
-    """Return the lines of the tests."""
-    return read_lines(folder.final, TestLine)
