@@ -4,8 +4,11 @@
 PERSONS FOLD`` or ``.. tests ARM PERSONS FOLD``; started by ``benchmark_run.py``.
 """
 
+import os
 import resource
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +52,7 @@ from dafne_federated.simulations.benchmark_records import (
 from dafne_federated.simulations.benchmark_task import Predict, Stopwatch, Task, make_base
 
 _MIB = 2**20
+PARENT = "DAFNE_FEDERATED_BENCHMARK"  # names the process that started this one
 # What ru_maxrss counts in: KiB on Linux, bytes on macOS.
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
@@ -227,7 +231,17 @@ def _tests(task: Task, group: Group) -> None:
         append_line(task.folder.final, line)
 
 
+def _end_with(parent: int) -> None:
+    """End this process when the one that started it has ended, however that was."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    # Said by the parent itself: it may have ended while this process was still importing.
+    started_by = int(os.environ.get(PARENT) or os.getppid())
+    threading.Thread(target=_end_with, args=(started_by,), daemon=True).start()
     try:
         main(Path(sys.argv[1]), *sys.argv[2:])
     except DafneFederatedError as error:

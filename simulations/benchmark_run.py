@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dafne_federated.core.errors import RunError
-from dafne_federated.core.files import write_atomic
+from dafne_federated.core.files import private_folder, write_atomic
+from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.simulations.benchmark_cells import (
     Cell,
     Group,
@@ -69,8 +70,14 @@ def run_benchmark(benchmark: Benchmark, final: bool = False) -> list[str]:
         What could not be done, in words; a later start tries it again.
 
     Raises:
-        DafneFederatedError: Something does not fit; before anything is trained.
+        DafneFederatedError: Something does not fit, before anything is trained; or another
+            process runs in this folder.
     """
+    with RunFolder(private_folder(benchmark.folder.path)).lock():
+        return _run(benchmark, final)
+
+
+def _run(benchmark: Benchmark, final: bool) -> list[str]:
     folder, scenario = benchmark.folder, benchmark.scenario
     source = source_folder(scenario, benchmark.data)
     started = Started(
@@ -267,6 +274,7 @@ def _child(benchmark: Benchmark, name: str, words: Sequence[str], progress: Prog
     log.parent.mkdir(exist_ok=True)
     module = "dafne_federated.simulations.benchmark_child"
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "OMP_NUM_THREADS": "1"}
+    environment["DAFNE_FEDERATED_BENCHMARK"] = str(os.getpid())
     most = benchmark.memory_gib * 1024 / benchmark.workers
     with log.open("ab") as file:
         child = subprocess.Popen(
