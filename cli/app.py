@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from dafne_federated.cli.adopt import adopt
 from dafne_federated.cli.approve import approve
+from dafne_federated.cli.benchmark import benchmark
 from dafne_federated.cli.check_data import check_data
 from dafne_federated.cli.evaluate import evaluate
 from dafne_federated.cli.finetune import finetune
@@ -43,6 +44,7 @@ app.command("check-data")(check_data)
 app.command("train")(train)
 app.command("finetune")(finetune)
 app.command("evaluate")(evaluate)
+app.command("benchmark")(benchmark)
 app.command("merge")(merge)
 app.command("adopt")(adopt)
 app.command("report")(report)

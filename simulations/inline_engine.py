@@ -6,12 +6,11 @@ public: the identity that ``Message`` reads, and the message id that a transport
 
 import copy
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
-from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -22,14 +21,22 @@ _SERVER = 1  # Flower's own node id of a server
 _CRASHED = 2  # Flower's error code for an exception in a ClientApp
 
 
-def run_inline(run: Path, sites: int) -> None:
+Handle = Callable[[Message, Context], Message]
+
+
+def run_inline(run: Path, sites: int, app: Handle = client_app) -> None:
     """Run the federation in the folder ``run`` with its first ``sites`` sites, one by one.
+
+    Args:
+        run: The folder.
+        sites: How many.
+        app: What handles a message at a site: the ClientApp, or what goes around it.
 
     Raises:
         DafneFederatedError: What the server raises: too few sites or usable updates.
     """
     config = {"run": str(run.resolve())}
-    grid = InlineGrid(client_app, sites, config)
+    grid = InlineGrid(app, sites, config)
     server_app(grid, _context(_SERVER, {}, config))
 
 
@@ -41,12 +48,12 @@ class InlineGrid(Grid):
     an object.
 
     Args:
-        app: The ClientApp.
+        app: What handles a message at a site.
         sites: Number of nodes; node n gets partition-id n.
         run_config: What Flower hands to every app of a run.
     """
 
-    def __init__(self, app: ClientApp, sites: int, run_config: Mapping[str, Any]) -> None:
+    def __init__(self, app: Handle, sites: int, run_config: Mapping[str, Any]) -> None:
         self._app = app
         self._contexts = {
             100 + n: _context(100 + n, {"partition-id": n, "num-partitions": sites}, run_config)

@@ -1,0 +1,202 @@
+"""The table of a benchmark: each arm at each size, on development or on test persons."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final
+
+from dafne_federated.core.metrics import mean
+from dafne_federated.simulations.benchmark_folder import BenchmarkFolder
+from dafne_federated.simulations.benchmark_records import FitLine, TestLine, read_lines
+from dafne_federated.simulations.benchmark_run import chosen_fits
+from dafne_federated.simulations.benchmark_statistics import (
+    Difference,
+    Interval,
+    Line,
+    dice_matrix,
+    difference,
+    holm,
+    interval,
+)
+
+REFERENCE: Final = "central-scratch"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm at one size.
+
+    Attributes:
+        arm: Name of the arm.
+        persons: Persons per site, 0 for all.
+        seeds: How many.
+        people: How many were measured.
+        dice: Mean over persons and seeds; None without scores.
+        held_out: The same for persons of a centre that took no part.
+        gain: Against central scratch training at the same size; None for itself.
+        held_out_gain: The same for a centre that took no part.
+        seconds: Until the kept epoch or round, all sites together, mean over seeds, in processor
+            time.
+        megabytes: Sent until then; None where images would have to travel instead.
+        parameters: Values that were trained.
+        variant: Settings that were chosen.
+    """
+
+    arm: str
+    persons: int
+    seeds: int
+    people: int
+    dice: Interval | None
+    held_out: Interval | None
+    gain: Difference | None
+    held_out_gain: Difference | None
+    seconds: float
+    megabytes: float | None
+    parameters: int
+    variant: dict[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The chosen fits of a benchmark, and their scores on the persons that are looked at.
+
+    Attributes:
+        fits: The fits.
+        lines: By cell: the line with the scores.
+        tested: Whether the scores are those of test persons; else of tuning persons.
+    """
+
+    fits: list[FitLine]
+    lines: Mapping[str, Line]
+    tested: bool
+
+    def of(self, arm: str, persons: int) -> list[FitLine]:
+        """Return the fits of an arm at a size, those of all folds among them."""
+        return [fit for fit in self.fits if (fit.arm, fit.persons) == (arm, persons)]
+
+    def scored(self, arm: str, persons: int) -> list[Line]:
+        """Return the lines with the scores of an arm at a size, one for each seed.
+
+        Where there are several folds, those of a seed are one line: each fold tests others. A
+        seed that is not finished in all of them is left out.
+        """
+        by_seed: dict[int, Line] = {}
+        for fit in self.of(arm, persons):
+            line = self.lines.get(fit.cell)
+            if line is not None:
+                before = by_seed.get(line.seed)
+                scores = (*(before.scores if before else ()), *line.scores)
+                by_seed[line.seed] = line.model_copy(update={"scores": scores})
+        most = max((len(line.scores) for line in by_seed.values()), default=0)
+        return [line for line in by_seed.values() if len(line.scores) == most]
+
+
+def measured(folder: BenchmarkFolder) -> Measured:
+    """Return what was measured so far: on the test where it was made, else on tuning persons."""
+    fits = chosen_fits(folder, folder.started())
+    tests = {line.cell: line for line in read_lines(folder.final, TestLine)}
+    tested = bool(fits) and all(fit.cell in tests for fit in fits)
+    lines: Mapping[str, Line] = tests if tested else {fit.cell: fit for fit in fits}
+    return Measured(fits, lines, tested)
+
+
+def table(folder: BenchmarkFolder, found: Measured) -> list[Row]:
+    """Return the rows of the scenario as it was started last, in its order."""
+    scenario = folder.started().scenario
+    rows = []
+    for persons in scenario.sites.persons:
+        own = []
+        for arm in scenario.arms:
+            # The base is the same at every size and was measured at one.
+            size = scenario.sites.persons[0] if scenario.arms[arm].where == "base" else persons
+            if found.of(arm, size):
+                where = scenario.arms[arm].where
+                moves = where in ("federated", "ensemble", "dafne-merge")
+                row = _row(found, arm, size, persons, scenario.descriptive, moves)
+                own.append(replace(row, persons=persons))
+        rows += _corrected(own)
+    return rows
+
+
+def markdown(rows: Sequence[Row], tested: bool) -> str:
+    """Return rows as a table."""
+    who = "test" if tested else "tuning"
+    head = ["persons per site", "arm", f"Dice, {who} persons", "Dice, centre that took no part"]
+    head += [f"against {REFERENCE}", "p (Holm)", "s", "MB", "trained", "chosen"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        gain, people = row.gain or row.held_out_gain, f" ({row.people} persons)"
+        cells = [
+            str(row.persons or "all"),
+            row.arm,
+            "-" if row.dice is None else interval_words(row.dice) + people,
+            interval_words(row.held_out),
+            "-" if gain is None else f"{interval_words(gain.gain, signed=True)}",
+            "-" if gain is None or gain.adjusted is None else p_words(gain.adjusted),
+            f"{row.seconds:.0f}",
+            "-" if row.megabytes is None else f"{row.megabytes:.2f}",
+            str(row.parameters),
+            ", ".join(f"{key} {value}" for key, value in row.variant.items()),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def interval_words(found: Interval | None, signed: bool = False) -> str:
+    """Return e.g. ``0.812 [0.790, 0.833]``."""
+    if found is None:
+        return "-"
+    pattern = "{:+.3f}" if signed else "{:.3f}"
+    ends = [found.low, found.high]
+    if None in ends or any(math.isnan(end or 0.0) for end in ends):
+        return pattern.format(found.mean)
+    return pattern.format(found.mean) + f" [{ends[0]:.3f}, {ends[1]:.3f}]"
+
+
+def p_words(p: float) -> str:
+    """Return a p value in words."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _row(found: Measured, arm: str, size: int, persons: int, descriptive: bool, moves: bool) -> Row:
+    fits, lines = found.of(arm, size), found.scored(arm, size)
+    reference = found.scored(REFERENCE, persons) if arm != REFERENCE else []
+    people, values = dice_matrix(lines)
+    kept = [fit.curve[max(fit.kept, 0)] for fit in fits if fit.curve]
+    gains = [
+        difference(lines, reference, held_out, descriptive) if lines and reference else None
+        for held_out in (False, True)
+    ]
+    return Row(
+        arm=arm,
+        persons=persons,
+        seeds=len({fit.seed for fit in fits}),
+        people=len(people),
+        dice=interval(values),
+        held_out=interval(dice_matrix(lines, held_out=True)[1]),
+        gain=gains[0],
+        held_out_gain=gains[1],
+        seconds=mean([point.seconds for point in kept]) or 0.0,
+        megabytes=mean([point.megabytes for point in kept]) if moves else None,
+        parameters=fits[0].parameters,
+        variant=fits[0].variant,
+    )
+
+
+def _corrected(rows: Sequence[Row]) -> list[Row]:
+    """Return rows of one size with p values corrected for being compared together."""
+    adjusted = holm({row.arm: row.gain.p for row in rows if row.gain})
+    others = holm({row.arm: row.held_out_gain.p for row in rows if row.held_out_gain})
+    return [
+        replace(
+            row,
+            gain=row.gain and replace(row.gain, adjusted=adjusted[row.arm]),
+            held_out_gain=row.held_out_gain
+            and replace(row.held_out_gain, adjusted=others[row.arm]),
+        )
+        for row in rows
+    ]
