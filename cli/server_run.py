@@ -19,7 +19,8 @@ from dafne_federated.core.settings import read_settings
 from dafne_federated.core.strategy_table import STRATEGY_TABLE
 from dafne_federated.server.deployment_folder import ServerFolder
 from dafne_federated.server.deployment_processes import require_running
-from dafne_federated.server.deployment_runs import Event, follow, is_finished, launch
+from dafne_federated.server.deployment_runs import Event, is_finished, require_no_other
+from dafne_federated.server.run_following import follow
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the coordinator.")]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Name of the run.")]
@@ -66,6 +67,8 @@ def run(
     path = opened.run_path(name or f"{datetime.now():%Y%m%d-%H%M%S}")
     require_running(opened)
 
+    require_no_other(opened, RunFolder(path))  # before anything is made or approved
+
     from dafne_federated.core.approvals import Approvals
     from dafne_federated.core.backend import prepare_backend
     from dafne_federated.core.model_file import read_model
@@ -83,7 +86,9 @@ def run(
 
 
 def resume(folder: Folder, name: Run, quiet: Quiet = False) -> None:
-    """Go on with a run after its last finished round; it ends in the same bits.
+    """Go on with a run after its last finished round, or follow it where it is under way.
+
+    It ends in the same bits.
 
     Example: dafne-federated server resume coordinator first
     """
@@ -98,14 +103,13 @@ def resume(folder: Folder, name: Run, quiet: Quiet = False) -> None:
 
 
 def _follow(folder: ServerFolder, run: RunFolder, quiet: bool) -> None:
-    seen = launch(folder, run)
     print(f"run:    {run.path}", flush=True)
     try:
         with _progress(run, quiet) as show:
-            for event in follow(folder, run, seen):
+            for event in follow(folder, run):
                 show(event)
     except KeyboardInterrupt:
-        print("The run goes on; 'dafne-federated server status' shows it.")
+        print("The run goes on; 'dafne-federated server resume' follows it again.")
         raise typer.Exit(130) from None
     _print_result(run)
 
@@ -146,6 +150,8 @@ def event_line(run: RunFolder, event: Event) -> str:
         return f"sites:  {', '.join(event['sites']) or 'none'}{away}"
     if kind == "not used":
         return f"round {event['round']}: {event['site']} not used: {event['reason']}"
+    if kind == "lost":
+        return f"{event['reason']}"
     if kind == "round finished":
         return round_line(run.rounds()[int(event["round"]) - 1])
     return ""

@@ -92,7 +92,7 @@ def _run_lines(folder: ServerFolder) -> list[str]:
     told = [
         f"  {datetime.fromtimestamp(event['time']):%H:%M:%S}   {words}"
         for event in events
-        if event["event"] in ("members", "not used", "stopped")
+        if event["event"] in ("members", "not used", "lost", "stopped")
         and (words := event_line(run, event) or str(event.get("reason", "")))
     ]
     return lines + told[-_SHOWN:]

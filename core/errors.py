@@ -9,6 +9,8 @@
   - MessageError     a message from the other side is not what the protocol says
   - SettingsError    a setting is unknown, missing or out of range
   - RunError         a federation could not start, go on or end
+    - FlowerError    Flower's command line failed or gave no answer
+    - LostRunError   the program of a run ended without a word of its own
   - ServerError      a Dafne server cannot be reached, refuses, or did not keep what it was sent
     - VersionMovedError  somebody published another version meanwhile
 """
@@ -56,6 +58,22 @@ class SettingsError(DafneFederatedError):
 
 class RunError(DafneFederatedError):
     """A federation could not start, go on or end."""
+
+
+class FlowerError(RunError):
+    """Flower's command line failed or gave no answer; its SuperLink may be starting again."""
+
+
+class LostRunError(RunError):
+    """The program of a run ended without a word of its own: it can be started again.
+
+    Attributes:
+        number: Flower's number of that start, or None.
+    """
+
+    def __init__(self, message: str, number: str | None) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 class ServerError(DafneFederatedError):

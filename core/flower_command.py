@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dafne_federated.core.errors import RunError
+from dafne_federated.core.errors import FlowerError
 
 CONNECTION = "own"  # the one SuperLink that our configuration of Flower knows
 _TIMEOUT = 120.0  # seconds for one command
@@ -70,7 +70,7 @@ def flwr(arguments: Sequence[str], environment: Mapping[str, str], folder: Path)
         folder: Where it runs; nothing in it may be a Python module.
 
     Raises:
-        RunError: It failed; with what it said, or after two minutes without an answer.
+        FlowerError: It failed; with what it said, or after two minutes without an answer.
     """
     try:
         done = subprocess.run(
@@ -85,7 +85,7 @@ def flwr(arguments: Sequence[str], environment: Mapping[str, str], folder: Path)
         )
     except subprocess.TimeoutExpired:
         msg = f"'flwr {arguments[0]}' gave no answer within {_TIMEOUT:g} s"
-        raise RunError(msg) from None
+        raise FlowerError(msg) from None
     try:
         answer: dict[str, Any] = json.loads(done.stdout)
     except ValueError:
@@ -93,7 +93,7 @@ def flwr(arguments: Sequence[str], environment: Mapping[str, str], folder: Path)
     if done.returncode != 0 or not answer.get("success", False):
         said = answer.get("error-message") or done.stdout + done.stderr
         msg = f"'flwr {arguments[0]}' failed: {str(said).strip()[-500:]}"
-        raise RunError(msg)
+        raise FlowerError(msg)
     return answer
 
 

@@ -1,5 +1,7 @@
 """The Flower ServerApp: run the federation whose folder the run configuration names."""
 
+import contextlib
+
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
@@ -23,5 +25,10 @@ def main(grid: Grid, context: Context) -> None:
             release(folder)
         except DafneFederatedError as error:
             folder.event("stopped", reason=str(error))
+            raise
+        except Exception as error:
+            # A full disk or a lost connection: whoever follows the run starts it again.
+            with contextlib.suppress(OSError):
+                folder.event("failed", reason=f"{type(error).__name__}: {error}"[:500])
             raise
         folder.event("finished")

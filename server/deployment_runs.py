@@ -1,4 +1,4 @@
-"""Runs of a coordinator: hand one to Flower, follow it to its end, stop it.
+"""Runs of a coordinator: hand one to Flower, find the one that is under way, stop it.
 
 How a run goes stands in its own folder, which the ServerApp writes; Flower is asked only
 whether that program still lives. Flower has no resume: a run that goes on is a new run of
@@ -6,6 +6,7 @@ Flower on the same folder.
 """
 
 import contextlib
+import fcntl
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,16 +15,15 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dafne_federated.core.errors import RunError
+from dafne_federated.core.errors import FlowerError, LostRunError, RunError
 from dafne_federated.core.files import write_atomic
 from dafne_federated.core.flower_bundle import write_app
 from dafne_federated.core.flower_command import CONNECTION, flwr
 from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.server.deployment_folder import ServerFolder
 
+START_WAIT = 180.0  # seconds from the launch of a run to the first word of its program
 _POLL = 0.5  # seconds between two looks at the run's folder
-_ASK = 10.0  # seconds between two questions to Flower
-_GONE = 3.0  # seconds without the lock after which the program of a run counts as gone
 
 Event = dict[str, Any]
 
@@ -36,68 +36,38 @@ class FlowerRun(BaseModel):
     run_id: str
 
 
-def launch(folder: ServerFolder, run: RunFolder) -> int:
-    """Let Flower run, or go on with, a run.
+def launch(folder: ServerFolder, run: RunFolder, lost: LostRunError | None = None) -> int:
+    """Let Flower run, or go on with, a run; one that is under way is left as it is.
+
+    Args:
+        folder: The coordinator.
+        run: The run.
+        lost: A start of it that is known to have ended.
 
     Returns:
         How many events the run's folder held before; those after are of this start.
 
     Raises:
-        RunError: Another run is under way, or Flower refused.
+        RunError: Another run is under way, or this one is finished.
+        FlowerError: Flower refused, or its SuperLink is away.
     """
-    if active := active_run(folder):
-        msg = f"run {active.path.name!r} is under way; wait for it or stop it first"
-        raise RunError(msg)
-    if is_finished(run):
-        msg = f"run {run.path.name!r} is finished"
-        raise RunError(msg)
-    _stop_flower(folder, run)  # one whose program died counts as running for a minute
-    seen = len(list(run.events()))
-    with tempfile.TemporaryDirectory(prefix="dafne-run-") as scratch:
-        write_app(Path(scratch), run.path)
-        started = flwr(["run", scratch, CONNECTION], folder.environment, folder.home)
-    number = FlowerRun(run_id=str(started["run-id"]))
-    write_atomic(run.path / "flower.json", number.model_dump_json().encode())
+    with _one_at_a_time(folder):
+        seen = len(list(run.events()))
+        if is_finished(run):
+            msg = f"run {run.path.name!r} is finished"
+            raise RunError(msg)
+        active = require_no_other(folder, run)
+        known_to_have_ended = lost is not None and lost.number == flower_number(run)
+        if active and (run.is_locked() or not known_to_have_ended):
+            return seen
+        _stop_flower(folder, run)  # one whose program died counts as running for a minute
+        with tempfile.TemporaryDirectory(prefix="dafne-run-") as scratch:
+            write_app(Path(scratch), run.path)
+            started = flwr(["run", scratch, CONNECTION], folder.environment, folder.home)
+        number = FlowerRun(run_id=str(started["run-id"]))
+        write_atomic(run.path / "flower.json", number.model_dump_json().encode())
+        run.event("launched")
     return seen
-
-
-def follow(folder: ServerFolder, run: RunFolder, seen: int) -> Iterator[Event]:
-    """Yield the events of a run as they happen, until it is finished.
-
-    Args:
-        folder: The coordinator.
-        run: The run.
-        seen: Events to leave out; see ``launch``.
-
-    Raises:
-        RunError: It ended otherwise; in words, why.
-    """
-    asked = gone = time.monotonic()
-    begun = False
-    while True:
-        events = list(run.events())[seen:]
-        seen += len(events)
-        for event in events:
-            yield event
-            if event["event"] == "finished":
-                return
-            if event["event"] == "stopped":
-                raise RunError(f"{event['reason']}; {_hint(folder, run)}")
-            begun = begun or event["event"] == "started"
-        now = time.monotonic()
-        if not begun or run.is_locked():
-            gone = now
-        elif now - gone > _GONE:
-            msg = "the program of the run ended without a word, perhaps for want of memory"
-            raise RunError(f"{msg}; {_hint(folder, run)}")
-        if now - asked > _ASK:
-            asked = now
-            if (status := _flower_status(folder, run)).startswith("finished"):
-                time.sleep(_POLL)
-                if not list(run.events())[seen:]:
-                    msg = f"Flower ended the run as {status}; {_hint(folder, run)}"
-                    raise RunError(msg)
-        time.sleep(_POLL)
 
 
 def stop_run(folder: ServerFolder, run: RunFolder) -> None:
@@ -128,8 +98,31 @@ def all_runs(folder: ServerFolder) -> list[RunFolder]:
 
 
 def active_run(folder: ServerFolder) -> RunFolder | None:
-    """Return the run that is under way, or None."""
-    return next((run for run in all_runs(folder) if run.is_locked()), None)
+    """Return the run that is under way or being started, or None."""
+    runs = all_runs(folder)
+    return next((run for run in runs if run.is_locked() or is_starting(run)), None)
+
+
+def require_no_other(folder: ServerFolder, run: RunFolder) -> RunFolder | None:
+    """Return the run if it is under way or being started, else None.
+
+    Raises:
+        RunError: Another one is.
+    """
+    if (active := active_run(folder)) and active.path != run.path:
+        msg = f"run {active.path.name!r} is under way; wait for it or stop it first"
+        raise RunError(msg)
+    return active
+
+
+def is_starting(run: RunFolder) -> bool:
+    """Return whether Flower was told to start a run and its program has not said anything yet."""
+    last: Event = {}
+    for event in run.events():
+        if event["event"] in ("launched", "started", "failed", "stopped", "finished"):
+            last = event
+    recent = time.time() - float(last.get("time", 0.0)) < START_WAIT
+    return last.get("event") == "launched" and recent
 
 
 def is_finished(run: RunFolder) -> bool:
@@ -139,22 +132,18 @@ def is_finished(run: RunFolder) -> bool:
     return whole and (run.path / "result.json").exists()
 
 
-def _stop_flower(folder: ServerFolder, run: RunFolder) -> None:
-    if number := _flower_run(run):
-        with contextlib.suppress(RunError):  # it ended long ago
-            flwr(["stop", number, CONNECTION], folder.environment, folder.home)
-
-
-def _flower_status(folder: ServerFolder, run: RunFolder) -> str:
-    number = _flower_run(run) or ""
+def flower_status(folder: ServerFolder, run: RunFolder) -> str:
+    """Return what Flower says of the program of a run, such as ``finished:failed``."""
+    number = flower_number(run) or ""
     try:
         listed = flwr(["ls", CONNECTION, "--run-id", number], folder.environment, folder.home)
-    except RunError:  # the SuperLink is being started again
+    except FlowerError:  # the SuperLink is being started again
         return "unknown"
     return str(listed["runs"][0]["status"]) if listed.get("runs") else "unknown"
 
 
-def _flower_run(run: RunFolder) -> str | None:
+def flower_number(run: RunFolder) -> str | None:
+    """Return Flower's own number of the run that last worked on a folder."""
     try:
         data = (run.path / "flower.json").read_bytes()
         return FlowerRun.model_validate_json(data).run_id
@@ -162,6 +151,15 @@ def _flower_run(run: RunFolder) -> str | None:
         return None
 
 
-def _hint(folder: ServerFolder, run: RunFolder) -> str:
-    resume = f"'dafne-federated server resume {folder.path} {run.path.name}'"
-    return f"see {folder.logs / 'runs.log'}; go on with {resume}"
+def _stop_flower(folder: ServerFolder, run: RunFolder) -> None:
+    if number := flower_number(run):
+        with contextlib.suppress(FlowerError):  # it ended long ago
+            flwr(["stop", number, CONNECTION], folder.environment, folder.home)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: ServerFolder) -> Iterator[None]:
+    """Wait until nobody else starts a run here; freed when the process ends."""
+    with (folder.path / "launch.lock").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,11 +1,13 @@
 """Send messages to sites and collect what comes back before a deadline."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
+
+from dafne_federated.server.node_restarts import LOOK, NodeRestarts
 
 Replies = dict[str, RecordDict | None]
 Kept = TypeVar("Kept")
@@ -20,8 +22,11 @@ def exchange(
     deadline: float,
     take: Callable[[str, RecordDict | None], Kept],
     poll: float = 0.5,
+    retries: int = 0,
 ) -> dict[str, Kept]:
     """Send each site its message and return what is kept of the answers that came in time.
+
+    A site whose program was started again meanwhile is asked again.
 
     Args:
         grid: Flower's connection to the sites.
@@ -34,32 +39,60 @@ def exchange(
             transport reported an error (a lost node, a crashed program); returns what to keep
             of it, so that answers need not stand in memory together.
         poll: Pause between two looks, in seconds.
+        retries: So many times a site is asked again, once it is online, after such an error.
 
     Returns:
         What was kept, by site. Sites that did not answer in time are not in it.
     """
-    names = sorted(contents)
-    messages = [
-        Message(contents[name], nodes[name], message_type, ttl=deadline + 600.0, group_id=group)
-        for name in names
-    ]
-    sent = dict(zip(grid.push_messages(messages), names, strict=True))
-    pending, end = set(sent), time.monotonic() + deadline
+    asked: dict[str, str] = {}
+    restarts = NodeRestarts(grid)
+    end = time.monotonic() + deadline
+    left = dict.fromkeys(contents, retries)
     kept: dict[str, Kept] = {}
-    while pending:
-        found = list(grid.pull_messages(sorted(pending)))
+
+    def ask(names: Iterable[str]) -> None:
+        chosen = sorted(names)
+        restarts.asked([nodes[name] for name in chosen])
+        messages = [
+            Message(contents[name], nodes[name], message_type, ttl=deadline + 600.0, group_id=group)
+            for name in chosen
+        ]
+        asked.update(zip(grid.push_messages(messages), chosen, strict=True))
+
+    ask(contents)
+    failed: set[str] = set()
+    look = time.monotonic() + LOOK
+    while asked or failed:
+        found = list(grid.pull_messages(sorted(asked))) if asked else []
         for reply in found:
-            identity = reply.metadata.reply_to_message_id
-            if identity in pending:
-                pending.discard(identity)
-                # An error's own text may hold anything of the site, so it is not kept.
-                site = sent[identity]
-                kept[site] = take(site, None if reply.has_error() else reply.content)
-        if pending and time.monotonic() > end:
+            site = asked.pop(reply.metadata.reply_to_message_id, None)
+            if site is None or site in kept:
+                continue
+            # An error's own text may hold anything of the site, so it is not kept.
+            if reply.has_error() and left[site] > 0:
+                left[site] -= 1
+                failed.add(site)
+                continue
+            kept[site] = take(site, None if reply.has_error() else reply.content)
+            failed.discard(site)
+            asked = {identity: name for identity, name in asked.items() if name != site}
+        now = time.monotonic()
+        if (asked or failed) and now > end:
             break
-        if pending and not found:
+        if found:
+            continue
+        if failed or now > look:
+            look = now + LOOK
+            online = restarts.online([nodes[name] for name in failed])
+            again = {name for name in failed if nodes[name] in online}
+            begun = restarts.since([nodes[name] for name in asked.values()])
+            again |= {name for name in asked.values() if nodes[name] in begun}
+            failed -= again
+            if again:
+                ask(again)
+        if asked or failed:
             time.sleep(poll)
-    return kept
+    return kept | {site: take(site, None) for site in sorted(failed)}
 
 
 def wait_for_nodes(grid: Grid, least: int, wait: float, poll: float = 1.0) -> list[int]:

@@ -75,7 +75,7 @@ def gather(grid: Grid, folder: RunFolder, info: RunInfo, plan: AdaptationPlan) -
     by_number = {f"node {node}": node for node in ids if node in registered}
     replies: Replies = exchange(
         grid, dict.fromkeys(by_number, offer), by_number, QUERY_OFFER, "0", settings.deadline,
-        lambda _, content: content,
+        lambda _, content: content, retries=settings.retries,
     )  # fmt: skip
     members = Members({}, {}, {}, {}, {}, {})
     pairs = any(target.low_rank for target in plan.targets)
@@ -147,7 +147,7 @@ def _send_base(
     nodes = {name: members.nodes[name] for name in needing}
     replies = exchange(
         grid, dict.fromkeys(nodes, content), nodes, TRAIN_BASE, "0", info.settings.deadline,
-        lambda _, content: content,
+        lambda _, content: content, retries=info.settings.retries,
     )  # fmt: skip
     for name in needing:
         members.bytes_down[name] += record_bytes(content)

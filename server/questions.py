@@ -6,7 +6,7 @@ of the one before; their answers are never fetched.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from flwr.app import Message, RecordDict
@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 
 from dafne_federated.core.rank_cut import Cut
 from dafne_federated.core.wire import EVALUATE_STATE, TRAIN_ROUND, RoundRequest
+from dafne_federated.server.node_restarts import NodeRestarts
 
 # A message outlives its round and the next one, where its answer is a late one, by so many seconds.
 _LONGER = 600.0
@@ -66,6 +67,7 @@ class Questions:
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
         self._open: dict[str, Question] = {}
+        self._restarts = NodeRestarts(grid)
 
     def ask(self, asks: Mapping[str, Ask], nodes: Mapping[str, int], wait: float) -> None:
         """Send each site its message.
@@ -76,6 +78,7 @@ class Questions:
             wait: Longest wait for the answer, in seconds.
         """
         names, ttl = sorted(asks), 2 * wait + _LONGER
+        self._restarts.asked([nodes[name] for name in names])
         messages = [
             Message(
                 asks[name].content,
@@ -106,6 +109,15 @@ class Questions:
     def waits_for(self, site: str, number: int) -> bool:
         """Return whether a message of a round to a site is without an answer."""
         return any((q.site, q.round) == (site, number) for q in self._open.values())
+
+    def lost(self, sites: Collection[str], nodes: Mapping[str, int]) -> list[str]:
+        """Return those of the sites that were started again since they were asked last."""
+        begun = self._restarts.since([nodes[site] for site in sites])
+        return sorted(site for site in sites if nodes[site] in begun)
+
+    def online(self, sites: Collection[str], nodes: Mapping[str, int]) -> bool:
+        """Return whether all of the sites are online."""
+        return len(self._restarts.online([nodes[site] for site in sites])) == len(sites)
 
     def forget(self, site: str, number: int) -> None:
         """Expect nothing more of a site in a round."""

@@ -4,14 +4,18 @@
 2. At the deadline it closes with what is there, if that is enough.
 3. Else it waits ``grace`` seconds longer, until it is enough.
 4. Else the sites that gave no answer are asked again, ``retries`` times, each with the same
-   deadline and grace. A refused answer would be the same again, so nobody asks for it.
+   deadline and grace, once they are online. A refused answer would be the same again, so nobody
+   asks for it.
 5. Else the caller ends the run; the round leaves nothing behind, and a run that is started again
    begins with it.
 
 An asked-again site trains from the same state with the same seed, so that it does not matter which
-of the messages it answers. Every wait has an end: ``(deadline + grace) * (retries + 1)`` in all.
+of the messages it answers. A site whose program was started again has forgotten what it was asked,
+and is asked again at once; that is no retry. Every wait has an end:
+``(deadline + grace) * (retries + 1)`` in all.
 """
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 
@@ -22,7 +26,10 @@ from dafne_federated.core.strategy_table import BOUNDED_RULES, updates_suffice
 from dafne_federated.core.wire import record_bytes
 from dafne_federated.server.answers import Answer
 from dafne_federated.server.late_answers import LateAnswer
+from dafne_federated.server.node_restarts import LOOK
 from dafne_federated.server.questions import Ask, Question, Questions
+
+log = logging.getLogger(__name__)
 
 Answers = dict[str, Answer]
 Judge = Callable[[str, RecordDict | None, Ask], Answer]
@@ -57,12 +64,11 @@ def collect(
     number = next(iter(asks.values())).request.round
     waiting = set(asks)
     attempts = 0
+    wait = settings.deadline + settings.grace
     while True:
         attempts += 1
-        questions.ask(
-            {site: asks[site] for site in waiting}, nodes, settings.deadline + settings.grace
-        )
-        end = time.monotonic() + settings.deadline
+        questions.ask({site: asks[site] for site in waiting}, nodes, wait)
+        end, look = time.monotonic() + settings.deadline, time.monotonic() + LOOK
         while waiting:
             found = questions.answers()
             for question, content in found:
@@ -78,6 +84,11 @@ def collect(
                     waiting.discard(site)
             if not waiting or found:  # what is in already is never late
                 continue
+            if time.monotonic() > look:
+                look = time.monotonic() + LOOK
+                if lost := questions.lost(waiting, nodes):
+                    log.warning("%s started again and is asked again", ", ".join(lost))
+                    questions.ask({site: asks[site] for site in lost}, nodes, wait)
             over = time.monotonic() - end
             if over > 0 and (over > settings.grace or enough(answers, late)):
                 break
@@ -85,6 +96,8 @@ def collect(
         waiting = {site for site in asks if _may_yet(answers.get(site))}
         if not waiting or attempts > settings.retries or enough(answers, late):
             return answers, late, attempts
+        while time.monotonic() < end and not questions.online(waiting, nodes):
+            time.sleep(poll)
 
 
 def suffices(answers: Mapping[str, Answer], settings: RunSettings, trained: bool) -> bool:

@@ -192,6 +192,7 @@ class _Pool:
         replies = exchange(
             self.grid, dict.fromkeys(nodes, content), nodes, message_type, _GROUP,
             self.info.settings.deadline, lambda _, content: content,
+            retries=self.info.settings.retries,
         )  # fmt: skip
         for name in nodes:
             self.members.bytes_down[name] += record_bytes(content)

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,10 @@ import numpy as np
 import pytest
 from dafne_stand_in import Running, StandIn
 
-from dafne_federated.core.approvals import Approvals
 from dafne_federated.core.plan import AdaptationPlan, Target
 from dafne_federated.core.state import State
 from dafne_federated.core.volumes import Case
+from tests.squares import Trained, square_case, train_squares
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -66,56 +65,15 @@ def start_server() -> Iterator[Callable[..., tuple[StandIn, str]]]:
         server.stop()
 
 
-def square_case(name: str, seed: int, size: int = 40, slices: int = 4) -> Case:
-    """Bright square and dark square on grey, at places that follow the seed."""
-    generator = np.random.default_rng(seed)
-    image = generator.normal(100, 5, (size, size, slices)).astype(np.float32)
-    masks = {n: np.zeros(image.shape, bool) for n in ("bright", "dark")}
-    for index in range(slices):
-        row, column = generator.integers(4, 10, 2)
-        masks["bright"][row : row + 12, column : column + 10, index] = True
-        masks["dark"][row + 14 : row + 24, column : column + 12, index] = True
-    image[masks["bright"]] += 80
-    image[masks["dark"]] -= 60
-    return Case(
-        name=name,
-        person=name,
-        site="",
-        image=np.maximum(image, 1),
-        masks=masks,
-        spacing=(1.0, 1.0, 3.0),
-        affine=np.diag([1.0, 1.0, 3.0, 1.0]),
-    )
-
-
 @pytest.fixture(scope="session")
 def make_case() -> Callable[..., Case]:
     """A function that draws a case from a name and a seed."""
     return square_case
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A `.model` on disk that is good at its task, and who may run it."""
-
-    path: Path
-    approvals: Approvals
-    dice: float
-
-
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, backend: None) -> Trained:
-    from dafne_federated.core.base_training import FitSettings, propose_spec, train_base
-    from dafne_federated.core.model_file import write_model
-
-    cases = [square_case(f"person-{seed}", seed) for seed in range(5)]
-    spec = propose_spec(cases, ["bright", "dark"], filters=(4, 8, 12), strides=(2, 2))
-    settings = FitSettings(epochs=40, patience=40, batch_size=4, learning_rate=5e-3, seed=3)
-    file, fit = train_base(spec, cases[:4], cases[4:], "Squares", settings, 1_700_000_000)
-    folder = tmp_path_factory.mktemp("trained")
-    approvals = Approvals(folder / "approved.json")
-    approvals.add(write_model(file, folder / "base.model"), "made by a test")
-    return Trained(folder / "base.model", approvals, fit.best_dice)
+    return train_squares(tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture(scope="session")

@@ -1,183 +1,30 @@
 """A coordinator and two sites on this machine, as processes, with TLS and keys."""
 
-import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from dafne_federated.client.deployment_folder import SiteFolder
-from dafne_federated.core.run_folder import RunFolder
-from dafne_federated.core.supervision import supervisor
-from dafne_federated.core.volumes import Case, write_nifti_pair
-from dafne_federated.server.deployment_folder import ServerFolder
-
-SETTINGS = """\
-rounds = 2
-epochs = 3
-threads = 2
-device = "cpu"
-margin = 0.2
-max-rank = 8
-deadline = 300
-"""
-NAMES = ("clinic", "hospital")
+from dafne_federated.core.volumes import Case
+from tests.deployment.bad_network import BadNetwork
+from tests.deployment.deployed import Deployment, deployed, free_ports
 
 
-def processes() -> dict[int, tuple[int, str]]:
-    """Return parent and command of each living process by its number."""
-    listed = subprocess.run(
-        ["ps", "-eo", "pid=,ppid=,stat=,args="], capture_output=True, text=True, check=True
-    )
-    rows = [line.split(maxsplit=3) for line in listed.stdout.splitlines()]
-    return {int(r[0]): (int(r[1]), r[3]) for r in rows if not r[2].startswith("Z")}
-
-
-def descendants(number: int) -> dict[int, str]:
-    """Return the commands of all that a process started, and what these started."""
-    listed, found = processes(), {number}
-    while more := {own for own, (parent, _) in listed.items() if parent in found} - found:
-        found |= more
-    return {own: listed[own][1] for own in found - {number} if own in listed}
-
-
-def wait_for(ready: Callable[[], Any], patience: float = 60.0) -> Any:
-    """Return what ``ready`` returns as soon as it is true; fail after ``patience`` seconds."""
-    end = time.monotonic() + patience
-    while not (found := ready()):
-        assert time.monotonic() < end, f"not within {patience} s: {ready}"
-        time.sleep(0.3)
-    return found
-
-
-_FIRST = iter(range(20_000 + 4 * (os.getpid() % 2_000), 32_000, 4))  # none is given twice
-
-
-def free_ports() -> int:
-    """Return the first of four neighbouring ports that nobody listens on."""
-    for first in _FIRST:
-        sockets = [socket.socket() for _ in range(4)]
-        try:
-            for offset, probe in enumerate(sockets):
-                probe.bind(("127.0.0.1", first + offset))
-        except OSError:
-            continue
-        finally:
-            for probe in sockets:
-                probe.close()
-        return first
-    raise AssertionError
-
-
-@dataclass
-class Deployment:
-    """Everything on one machine; commands are those that people type."""
-
-    path: Path
-    environment: dict[str, str]
-    server: ServerFolder
-    sites: dict[str, SiteFolder]
-    port: int
-
-    def command(self, *arguments: object) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            [*self.program, *map(str, arguments)],
-            env=self.environment, cwd=self.path, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-
-    def done(self, *arguments: object) -> str:
-        found = self.command(*arguments)
-        assert found.returncode == 0, found.stdout + found.stderr
-        return found.stdout
-
-    def started(self, *arguments: object) -> "subprocess.Popen[bytes]":
-        output = (self.path / "output.log").open("ab")
-        return subprocess.Popen(
-            [*self.program, *map(str, arguments)],
-            env=self.environment, cwd=self.path, stdout=output, stderr=output,
-        )  # fmt: skip
-
-    def run(self, name: str) -> RunFolder:
-        return RunFolder(self.server.run_path(name))
-
-    def make_site(self, name: str, data: Path, authority: Path | None = None) -> SiteFolder:
-        self.done(
-            *("site", "init", self.path / name, "--name", name),
-            *("--coordinator", f"localhost:{self.port}", "--data", data),
-            *("--ca", authority or self.server.authority, "--local-port", free_ports()),
-        )
-        site = SiteFolder(self.path / name)
-        text = site.settings_file.read_text()
-        text = text.replace("threads = 0", "threads = 2").replace('"auto"', '"cpu"')
-        site.settings_file.write_text(text)
-        return site
-
-    @property
-    def program(self) -> list[str]:
-        return [sys.executable, "-P", "-m", "dafne_federated.cli.app"]
+@pytest.fixture(scope="module")
+def network() -> Iterator[BadNetwork]:
+    """What lies between sites and coordinator: a good network until a test changes it."""
+    with BadNetwork(free_ports()) as between:
+        yield between
 
 
 @pytest.fixture(scope="module")
 def deployment(
-    tmp_path_factory: pytest.TempPathFactory, trained: Any, make_case: Callable[..., Case]
+    tmp_path_factory: pytest.TempPathFactory,
+    trained: Any,
+    make_case: Callable[..., Case],
+    network: BadNetwork,
 ) -> Iterator[Deployment]:
-    """A coordinator and its registered sites, all running; nothing of it stays behind."""
+    """A coordinator and its registered sites, all running."""
     path = tmp_path_factory.mktemp("deployment")
-    environment = {
-        **os.environ,
-        "DAFNE_FEDERATED_HOME": str(path / "home"),
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
-    }
-    port = free_ports()
-    server = ServerFolder(path / "coordinator")
-    made = Deployment(path, environment, server, {}, port)
-    (path / "settings.toml").write_text(SETTINGS)
-    for number, name in enumerate(NAMES):
-        write_data(path / f"data-{name}", name, 0.45 - 0.1 * number, make_case)
-    made.done(
-        *("server", "init", server.path, "--host", "localhost", "--listen", "127.0.0.1"),
-        *("--port", port, "--local-port", port + 1),
-    )
-    running = {}
-    try:
-        running[server.lock] = made.started("server", "start", server.path)
-        for name in NAMES:
-            made.sites[name] = made.make_site(name, path / f"data-{name}")
-        wait_for(lambda: made.command("server", "status", server.path).returncode == 0)
-        for name, site in made.sites.items():
-            made.done("server", "register", server.path, name, site.request_file(name))
-            running[site.lock] = made.started("site", "start", site.path)
-        wait_for(lambda: made.done("server", "sites", server.path).count("online") == 2, 120)
-        made.done("approve", trained.path, "--yes")
+    with deployed(path, trained.path, make_case, network=network) as made:
         yield made
-    finally:
-        above = [number for lock in running if (number := supervisor(lock))]
-        seen = {one for number in above for one in (number, *descendants(number))}
-        for folder in (site.path for site in made.sites.values()):
-            made.command("site", "stop", folder)
-        made.command("server", "stop", server.path)
-        for process in running.values():
-            process.kill()
-            process.wait()
-    left = {n: command for n, (_, command) in processes().items() if n in seen}
-    assert left == {}
-    assert len(seen) > 9  # three supervisors with two or three programs and a watcher each
-
-
-def write_data(path: Path, site: str, strength: float, make_case: Callable[..., Case]) -> None:
-    """Write three persons whose contrast differs by site."""
-    for number in range(3):
-        case = make_case(f"{site}-{number}", 100 + number)
-        image = (100 + (case.image - 100) * strength).astype(np.float32)
-        files = (path / f"{kind}/{case.name}.nii.gz" for kind in ("images", "labels"))
-        write_nifti_pair(replace(case, image=image), *files, {1: "bright", 2: "dark"})
-    (path / "dataset.json").write_text(
-        '{"name": "Squares", "labels": {"1": "bright", "2": "dark"}}'
-    )

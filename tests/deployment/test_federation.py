@@ -24,8 +24,11 @@ from dafne_federated.core.model_file import read_model, write_model  # noqa: E40
 from dafne_federated.core.run_folder import RunFolder  # noqa: E402
 from dafne_federated.core.supervision import supervisor  # noqa: E402
 from dafne_federated.server.deployment_folder import ServerSettings, make_server  # noqa: E402
-from dafne_federated.server.deployment_runs import FlowerRun, follow  # noqa: E402
-from tests.deployment.conftest import Deployment, descendants, wait_for  # noqa: E402
+from dafne_federated.server.deployment_runs import FlowerRun  # noqa: E402
+from dafne_federated.server.run_following import watch  # noqa: E402
+from tests.deployment.bad_network import BadNetwork  # noqa: E402
+from tests.deployment.deployed import Deployment, descendants, wait_for  # noqa: E402
+from tests.deployment.faults import Stage  # noqa: E402
 
 
 def prepared(deployment: Deployment) -> dict[str, int]:
@@ -156,7 +159,7 @@ def test_a_bundle_with_code_is_refused_and_no_bundle_is_unpacked(
     number = FlowerRun(run_id=str(started["run-id"]))
     (run.path / "flower.json").write_text(number.model_dump_json())
     with pytest.raises(RunError, match="clinic: its program ended without an answer"):
-        list(follow(server, run, 0))
+        list(watch(server, run, 0))
     assert not marker.exists()
     for site in deployment.sites.values():
         assert "more than configuration: ['dafne_federated/client/app.py'" in (
@@ -187,18 +190,20 @@ def test_a_key_that_is_not_registered_and_a_foreign_coordinator_come_to_nothing(
     assert (listed.count("online"), "stranger" in listed) == (2, False)
 
 
-def kill_in_round_two(deployment: Deployment, run: RunFolder, program: str, before: int) -> None:
-    """Kill the coordinator's ``program`` as soon as round 2 begins after ``before`` events."""
+def kill_in_round_two(deployment: Deployment, run: RunFolder, program: str, before: int) -> int:
+    """Kill ``program`` as soon as round 2 begins after ``before`` events; return how many now."""
 
-    def begun() -> bool:
-        events = list(run.events())[before:]
-        return any(e["event"] == "round started" and e["round"] == 2 for e in events)
+    def begun() -> int:
+        events = list(run.events())
+        new = any(e["event"] == "round started" and e["round"] == 2 for e in events[before:])
+        return len(events) if new else 0
 
-    wait_for(begun, 200)
+    seen: int = wait_for(begun, 200)
     number = supervisor(deployment.server.lock)
     assert number is not None
     (found,) = (n for n, c in descendants(number).items() if program in c)
     os.kill(found, signal.SIGKILL)
+    return seen
 
 
 def test_a_run_goes_on_after_kills_and_ends_in_the_same_bits(
@@ -209,18 +214,54 @@ def test_a_run_goes_on_after_kills_and_ends_in_the_same_bits(
         *("server", "run", server.path, "--base", trained.path, "--name", "killed"),
         *("--settings", "settings.toml", "--quiet"),
     )
-    kill_in_round_two(deployment, run, "flwr-serverapp", 0)
-    assert command.wait(60) == 1
-    assert "ended without a word" in (deployment.path / "output.log").read_text()
-    assert len(run.rounds()) == 1
-    before = len(list(run.events()))
+    wait_for(lambda: any(event["event"] == "started" for event in run.events()), 120)
+    command.kill()  # who follows a run can be spared
+    command.wait()
     command = deployment.started("server", "resume", server.path, "killed", "--quiet")
-    kill_in_round_two(deployment, run, "flower-superlink", before)  # it is started again
-    assert command.wait(300) == 0
+    seen = kill_in_round_two(deployment, run, "flwr-serverapp", 0)
+    kinds = [event["event"] for event in run.events()]
+    assert kinds.count("launched") == 1, deployment.told()  # it was found under way
+    kill_in_round_two(deployment, run, "flower-superlink", seen)
+    assert command.wait(400) == 0, deployment.told()
+    assert "it is started again" in (deployment.path / "output.log").read_text()
     assert run.result().content_digest == finished.result().content_digest
     assert [line.state_digest for line in run.rounds()] == [
         line.state_digest for line in finished.rounds()
     ]
+
+
+def test_a_run_bears_what_goes_wrong_between_hospitals(
+    deployment: Deployment, network: BadNetwork, finished: RunFolder, trained: Any
+) -> None:
+    server, stage = deployment.server, Stage(deployment, network, deployment.run("borne"))
+    clinic, hospital = (deployment.sites[name].lock for name in ("clinic", "hospital"))
+    stage.command = deployment.started(
+        *("server", "run", server.path, "--base", trained.path, "--name", "borne"),
+        *("--settings", "settings.toml", "--quiet"),
+    )
+    network.reset = 0.01
+
+    def begins(number: int) -> None:
+        event = "members" if number == 0 else "round started"
+        wait_for(
+            lambda: any(
+                e["event"] == event and e.get("round", 0) == number for e in stage.run.events()
+            ),
+            200,
+        )
+
+    begins(0)
+    kills = [stage.kill(server.lock, "server.gateway")]
+    begins(1)
+    kills.append(stage.kill(clinic, "client.guard"))
+    kills.append(stage.kill(hospital, "flower-supernode"))
+    begins(2)
+    kills.append(stage.kill(clinic, "flower-superexec"))
+    kills.append(stage.kill(server.lock, "flower-superexec"))
+    assert all(kill.startswith("killed") for kill in kills), kills
+    assert stage.command.wait(400) == 0, deployment.told()
+    stage.mend()
+    assert stage.run.result().content_digest == finished.result().content_digest
 
 
 def test_a_site_that_is_revoked_is_sent_away_and_its_key_stays_out(

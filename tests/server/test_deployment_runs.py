@@ -1,11 +1,11 @@
-"""What a coordinator says of a run follows from the run's own folder."""
+"""What a coordinator knows of its runs follows from their own folders."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from dafne_federated.core.errors import RunError
+from dafne_federated.core.errors import LostRunError, RunError
 from dafne_federated.core.files import sha256
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RoundLine, RunFolder, RunInfo, RunResult
@@ -14,8 +14,8 @@ from dafne_federated.server.deployment_folder import ServerFolder
 from dafne_federated.server.deployment_runs import (
     active_run,
     all_runs,
-    follow,
     is_finished,
+    is_starting,
     launch,
     stop_run,
 )
@@ -85,25 +85,39 @@ def test_a_run_is_finished_with_its_last_evaluation_and_result(
     assert not is_finished(run)
 
 
-def test_following_ends_with_the_run(server: ServerFolder, start: Start) -> None:
+def test_a_run_that_is_being_started_counts_as_under_way(
+    server: ServerFolder, start: Start
+) -> None:
     run = start("run")
-    run.event("stopped", reason="earlier")
-    for kind in ("started", "finished"):
+    assert not is_starting(run)
+    run.event("launched")
+    run.event("lost", reason="said by whoever follows it, of an earlier start")
+    assert is_starting(run)
+    active = active_run(server)
+    assert active is not None
+    with pytest.raises(RunError, match="run 'run' is under way"):
+        launch(server, start("second"))
+    for kind in ("started", "failed", "stopped"):
+        run.event("launched")
         run.event(kind)
-    events = list(follow(server, run, 1))
-    assert [event["event"] for event in events] == ["started", "finished"]
+        assert not is_starting(run)
 
 
-def test_a_run_that_stops_says_why_and_how_to_go_on(server: ServerFolder, start: Start) -> None:
+def test_a_launch_long_ago_came_to_nothing(start: Start) -> None:
+    run = start("run")
+    (run.path / "events.jsonl").write_text('{"time": 1.0, "event": "launched"}\n')
+    assert not is_starting(run)
+
+
+def test_a_run_that_is_under_way_is_not_started_a_second_time(
+    server: ServerFolder, start: Start
+) -> None:
     run = start("run")
     run.event("started")
-    run.event("stopped", reason="too few sites")
-    with pytest.raises(RunError, match=r"too few sites; .* server resume .* run'"):
-        list(follow(server, run, 0))
-
-
-def test_a_program_that_vanished_is_noticed(server: ServerFolder, start: Start) -> None:
-    run = start("run")
-    run.event("started")
-    with pytest.raises(RunError, match="ended without a word"):
-        list(follow(server, run, 0))
+    with run.lock():
+        for lost in (None, LostRunError("known to have ended", None)):
+            assert launch(server, run, lost) == 1  # no Flower here that could start anything
+    run.event("launched")
+    assert launch(server, run) == 2
+    with pytest.raises((RunError, OSError)):
+        launch(server, run, LostRunError("known to have ended", None))

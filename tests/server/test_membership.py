@@ -5,7 +5,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from flwr.app import Error, Message, RecordDict
 
+from dafne_federated.server import exchange
 from dafne_federated.server.rounds import run_rounds
 
 Make = Callable[..., Any]
@@ -36,3 +38,42 @@ def test_a_node_that_nobody_registered_is_not_asked(
     registered(grid, {node: grid.sites[node].name})
     run_rounds(grid, folder)
     assert list(folder.rounds()[0].sites) == [grid.sites[node].name]
+
+
+@pytest.mark.parametrize("kind", ["query.offer", "train.base"])
+def test_a_site_whose_program_dies_before_the_first_round_is_asked_again(
+    new_run: Make, make_grid: Make, kind: str
+) -> None:
+    folder = new_run(rounds=1)
+    grid = make_grid(folder, "ab")
+    (site,) = (s for s in grid.sites.values() if s.name == "site-b")
+
+    def die_once(message: Message, content: RecordDict) -> RecordDict | Error:
+        dies = message.metadata.message_type == kind and site.received.count(kind) == 1
+        return Error(8, "killed") if dies else content
+
+    site.change = die_once
+    run_rounds(grid, folder)
+    assert list(folder.rounds()[0].sites) == ["site-a", "site-b"]
+    assert site.received.count(kind) == 2
+
+
+def test_a_site_that_was_started_again_before_the_first_round_is_asked_again_at_once(
+    new_run: Make, make_grid: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "LOOK", 0.1)
+    folder = new_run(rounds=1, deadline=600)
+    grid = make_grid(folder, "ab")
+    (site,) = (s for s in grid.sites.values() if s.name == "site-b")
+    grid.get_nodes = lambda: [
+        SimpleNamespace(node_id=i, name="", last_activated_at=f"{s.name} {len(site.received)}")
+        for i, s in grid.sites.items()
+    ]
+
+    def forget_once(message: Message, content: RecordDict) -> RecordDict | None:
+        return content if site.received.count("query.offer") > 1 else None
+
+    site.change = forget_once
+    run_rounds(grid, folder)
+    assert list(folder.rounds()[0].sites) == ["site-a", "site-b"]
+    assert site.received.count("query.offer") == 2

@@ -1,7 +1,9 @@
 """A round closes by rule: all answered, or enough at the deadline, or it is asked again."""
 
+import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from flwr.app import Array, Error, Message, RecordDict
 from dafne_federated.core.errors import RunError
 from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.core.state import state_bytes
+from dafne_federated.server import quorum
 from dafne_federated.server.rounds import run_rounds
 
 Make = Callable[..., Any]
@@ -65,6 +68,63 @@ def test_a_round_that_is_asked_again_ends_in_the_same_bits(
     # Nobody who has answered is asked again.
     assert site(grid, "site-a").received.count("train.round") == 3
     assert site(grid, "site-b").received.count("train.round") == 3 + retries
+
+
+def online_since(grid: Any, stamps: dict[str, str]) -> None:
+    """Let sites be online since the moments in ``stamps``; without one a site is offline."""
+    grid.get_nodes = lambda: [
+        SimpleNamespace(node_id=node, name="", last_activated_at=stamps[site.name])
+        for node, site in grid.sites.items()
+        if site.name in stamps
+    ]
+
+
+def test_a_site_that_was_started_again_is_asked_again_at_once(
+    new_run: Make, make_grid: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smooth = new_run()
+    run_rounds(make_grid(smooth, "ab"), smooth)
+    monkeypatch.setattr(quorum, "LOOK", 0.1)
+    folder = new_run(deadline=600, retries=0)
+    grid = make_grid(folder, "ab")
+    stamps = {"site-a": "noon", "site-b": "noon"}
+    online_since(grid, stamps)
+
+    def forget_once(message: Message, content: RecordDict) -> RecordDict | None:
+        if message.metadata.group_id == "2" and stamps["site-b"] == "noon":
+            stamps["site-b"] = "one minute later"
+            return None
+        return content
+
+    site(grid, "site-b").change = forget_once
+    run_rounds(grid, folder)
+    assert final(folder) == final(smooth)
+    assert [line.attempts for line in folder.rounds()] == [1, 1, 1, 1]
+    assert site(grid, "site-a").received.count("train.round") == 3
+    assert site(grid, "site-b").received.count("train.round") == 4
+
+
+def test_a_site_that_is_offline_is_asked_again_when_it_is_back(
+    new_run: Make, make_grid: Make
+) -> None:
+    folder = new_run(deadline=600, retries=1)
+    grid = make_grid(folder, "ab")
+    stamps = {"site-a": "noon", "site-b": "noon"}
+    online_since(grid, stamps)
+    coming = threading.Timer(1.0, lambda: stamps.update({"site-b": "later"}))
+
+    def go_offline(message: Message, content: RecordDict) -> RecordDict | Error:
+        if message.metadata.group_id == "2" and not coming.is_alive() and len(stamps) == 2:
+            if stamps["site-b"] == "later":
+                return content
+            del stamps["site-b"]
+            coming.start()
+        return content if "site-b" in stamps else Error(5, "node unavailable")
+
+    site(grid, "site-b").change = go_offline
+    run_rounds(grid, folder)
+    coming.join()
+    assert [line.attempts for line in folder.rounds()] == [1, 2, 1, 1]
 
 
 def test_nobody_is_asked_again_for_what_was_refused(new_run: Make, make_grid: Make) -> None:
