@@ -1,50 +1,76 @@
 """Flower's `flwr-clientapp`, behind a guard: only bundles without code, only our program.
 
 This is started in place of Flower's own program for every message, see ``work_starter.py``. A
-bundle that is more than configuration is refused, and the refusal goes to the site's log in
-words, and to the server as Flower's own error. No bundle is ever unpacked here: what runs is
-the installed program, whatever the server names.
+bundle that is more than configuration is refused, in words that go to the site's own people and,
+without names, to the server. No bundle is ever unpacked here: what runs is the installed
+program, whatever the server names.
 
 It replaces two names in a module of Flower 1.41 that are not public; a test watches over them.
 """
 
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
+from flwr.app import Context, Message
+
 from dafne_federated.client.refusals import note_refusal
-from dafne_federated.core.errors import ApprovalError, RunError
+from dafne_federated.client.site_settings import REFUSED
+from dafne_federated.core.errors import BundleError, RunError
 from dafne_federated.core.files import sha256
 from dafne_federated.core.flower_bundle import check_bundle
+
+log = logging.getLogger(__name__)
 
 REPLACED = ("install_from_fab", "get_load_client_app_fn")
 
 
+@dataclass
+class _Looked:
+    """What this process, which handles one message, thinks of its bundle."""
+
+    reason: str = "no bundle was looked at"
+
+
+_LOOKED = _Looked()
+
+
 def look_at_bundle(content: bytes, *_given: Any, **_named: Any) -> None:
-    """Refuse a bundle that is more than configuration; stands where Flower would unpack it.
-
-    Raises:
-        LoadClientAppError: Flower's error of a program that cannot be loaded. The server hears
-            of it without its text.
-    """
-    from flwr.clientapp.client_app import LoadClientAppError
-
+    """Look whether a bundle is more than configuration; stands where Flower would unpack it."""
     try:
         check_bundle(content)
-    except ApprovalError as error:
+        _LOOKED.reason = ""
+    except BundleError as error:
         note_refusal(f"bundle {sha256(content)[:16]} refused: {error}")
-        msg = "this site refuses the bundle"
-        raise LoadClientAppError(msg) from None
+        _LOOKED.reason = f"declined: {error.reason}"
+    except Exception:
+        log.exception("the bundle cannot be looked at")
+        _LOOKED.reason = "declined: the bundle cannot be looked at"
 
 
 def installed_loader(*_given: Any, **_named: Any) -> Callable[..., Any]:
-    """Return what loads the installed program; stands where Flower would look into the bundle."""
+    """Return what loads the installed program; stands where Flower would look into the bundle.
 
-    def load(*_names: str) -> Any:
+    With a bundle that was refused, the program does nothing but say so.
+    """
+    return lambda *_names: _answer
+
+
+def _answer(message: Message, context: Context) -> Message:
+    """Let the installed program answer; no text of an exception leaves the site."""
+    from flwr.clientapp.client_app import LoadClientAppError
+
+    try:
         from dafne_federated.client.app import app
 
-        return app
-
-    return load
+        if _LOOKED.reason:
+            refusing = {**context.node_config, REFUSED: _LOOKED.reason}
+            context = replace(context, node_config=refusing)
+        return app(message, context)
+    except Exception as error:
+        msg = "the site's program ended"  # Flower tells the server a fixed text for this kind
+        raise LoadClientAppError(msg) from error
 
 
 def main() -> None:

@@ -67,7 +67,7 @@ def main() -> None:
     if not hasattr(run_superexec, "get_executor"):
         msg = "this version of Flower is not one that the guard was made for"
         raise RunError(msg)
-    run_superexec.get_executor = lambda *_given, **_named: GuardedStart()  # type: ignore[assignment]
+    run_superexec.get_executor = lambda *_given, **_named: GuardedStart()
     flower_superexec()
 
 
