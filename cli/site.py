@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from dafne_federated.cli.printable import printable, printable_source
+from dafne_federated.cli.site_check import check
 from dafne_federated.client.base_review import (
     BaseReview,
     approve_base,
@@ -27,6 +28,7 @@ from dafne_federated.core.supervision import supervisor
 
 app = typer.Typer(help="One hospital in a federation.", no_args_is_help=True)
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the site.")]
+app.command("check")(check)
 _SHOWN = 40  # lines of a difference; inspect --sources shows all
 
 

@@ -1,26 +1,31 @@
 """The Flower ClientApp of a site: read the message, let the site act, answer.
 
 Whatever goes wrong at a site, its answer holds a status and plain words of ours: texts of
-exceptions, paths and names never leave.
+exceptions, paths and names never leave. What is refused before a site acts, a bundle with code
+or other versions, is refused without loading TensorFlow, which comes with ``site.py``.
 """
 
 import logging
 import time
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from dafne_federated.client.private_round import require_noise, train_privately
-from dafne_federated.client.site import Site, dice_by_label
-from dafne_federated.client.site_settings import site_of
+from dafne_federated.client.site_settings import REFUSED, SiteSettings, site_of
 from dafne_federated.core.errors import ApprovalError, MessageError, StateError
 from dafne_federated.core.files import sha256
+from dafne_federated.core.handshake import (
+    difference,
+    own_versions,
+    versions_said,
+    with_protocol,
+)
 from dafne_federated.core.local_part import global_part, silenced
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.privacy_accountant import UNIT
 from dafne_federated.core.state import without_factors
-from dafne_federated.core.versions import software_version
 from dafne_federated.core.wire import (
     BaseModelBytes,
     BaseReply,
@@ -34,6 +39,9 @@ from dafne_federated.core.wire import (
 )
 from dafne_federated.core.wire_arrays import state_record, take_arrays, take_bytes, take_state
 
+if TYPE_CHECKING:
+    from dafne_federated.client.site import Site
+
 log = logging.getLogger(__name__)
 
 LARGEST_BASE = 4 * 2**30  # bytes
@@ -46,35 +54,38 @@ app = ClientApp()
 def consider_offer(message: Message, context: Context) -> Message:
     """Say whether this site takes part and whether it has the base."""
 
-    def act(site: Site) -> RecordDict:
+    def shake_hands() -> None:
+        said = versions_said(message.content)
+        if said and (words := difference(with_protocol(own_versions()), said)):
+            raise ApprovalError(words)
+        Offer.from_record(message.content)
+
+    def act(site: "Site") -> RecordDict:
         offer = Offer.from_record(message.content)
-        if offer.software != software_version():
-            msg = f"this site runs version {software_version()}, the server {offer.software}"
-            raise ApprovalError(msg)
         plan = AdaptationPlan.from_json(offer.plan)
         if plan.base_digest != offer.base_digest:
             msg = "the plan belongs to another base than the one offered"
             raise MessageError(msg)
         if site.wants_to_see(plan.base_digest):
-            return _offer_reply(site, "need")
+            return _offer_reply(site.settings, "need")
         site.consider(offer.run, plan)
         settings = site.settings
         return _offer_reply(
-            site,
+            settings,
             "have" if site.cache.has_base(plan.base_digest) else "need",
             training_cases=len(settings.training),
             validation_cases=len(settings.validation),
             rank=settings.rank,
         )
 
-    return _answer(message, context, act, _offer_reply)
+    return _answer(message, context, act, _offer_reply, shake_hands)
 
 
 @app.train("base")
 def store_base(message: Message, context: Context) -> Message:
     """Check and keep the bytes of the base; nothing of it is executed here."""
 
-    def act(site: Site) -> RecordDict:
+    def act(site: "Site") -> RecordDict:
         request = BaseModelBytes.from_record(message.content)
         unseen = site.inbox if site.wants_to_see(request.base_digest) else None
         if unseen is None:
@@ -87,7 +98,7 @@ def store_base(message: Message, context: Context) -> Message:
             unseen.keep(data)
             site.require_consent(digest)
         site.cache.keep_base(data)
-        return _base_reply(site, "stored")
+        return _base_reply(site.settings, "stored")
 
     return _answer(message, context, act, _base_reply)
 
@@ -96,36 +107,39 @@ def store_base(message: Message, context: Context) -> Message:
 def share_statistics(message: Message, context: Context) -> Message:
     """Give numbers about all training slices together, if this site shares such."""
 
-    def respond(site: Site, status: str, reason: str = "", **fields: object) -> StatisticsReply:
+    def respond(
+        settings: SiteSettings, status: str, reason: str = "", **fields: object
+    ) -> StatisticsReply:
         request = StatisticsRequest.from_record(message.content)
         return StatisticsReply.model_validate(
             {
                 **request.model_dump(exclude={"protocol"}),
-                "site": site.settings.name,
+                "site": settings.name,
                 "status": status,
                 "reason": reason,
                 **fields,
             }
         )
 
-    def act(site: Site) -> RecordDict:
+    def act(site: "Site") -> RecordDict:
         request = StatisticsRequest.from_record(message.content)
         plan = site.agreed_plan(request.run, request.plan_digest, request.base_digest)
-        if not site.settings.share_statistics:
-            return respond(site, "withheld", "this site does not share statistics").to_record()
-        if site.settings.min_noise:
+        settings = site.settings
+        if not settings.share_statistics:
+            return respond(settings, "withheld", "this site does not share statistics").to_record()
+        if settings.min_noise:
             reason = "this site hides each person, and statistics of all of them have no noise"
-            return respond(site, "withheld", reason).to_record()
+            return respond(settings, "withheld", reason).to_record()
         if request.what == "classes":
             counts, slices = site.class_counts(plan)
             pixels, holding = list(counts.pixels), list(counts.slices)
             return respond(
-                site, "ok", slices=slices, class_pixels=pixels, class_slices=holding
+                settings, "ok", slices=slices, class_pixels=pixels, class_slices=holding
             ).to_record()
         renewed = plan.statistics_shapes(request.number)
         found = site.moments(plan, request.number, take_arrays(message.content, renewed))
         arrays = {"mean": found.mean, "variance": found.variance}
-        return respond(site, "ok", slices=found.count).to_record(arrays)
+        return respond(settings, "ok", slices=found.count).to_record(arrays)
 
     return _answer(message, context, act, lambda *given: respond(*given).to_record())
 
@@ -143,18 +157,24 @@ def evaluate_state(message: Message, context: Context) -> Message:
 
 
 def _round(message: Message, context: Context, train: bool) -> Message:
-    def respond(site: Site, status: str, reason: str = "", **fields: object) -> RecordDict:
+    def respond(settings: SiteSettings, status: str, reason: str = "") -> RecordDict:
         request = RoundRequest.from_record(message.content)
-        return _round_reply(request, site, status, reason, fields).to_record()
+        return _round_reply(request, settings, status, reason, {}).to_record()
 
-    def act(site: Site) -> RecordDict:
+    def act(site: "Site") -> RecordDict:
+        from dafne_federated.client.limits import require_epochs
+        from dafne_federated.client.private_round import require_noise, train_privately
+        from dafne_federated.client.site import dice_by_label
+
         request = RoundRequest.from_record(message.content)
         plan = site.agreed_plan(request.run, request.plan_digest, request.base_digest)
+        require_epochs(site.settings, request.epochs)
         state, rule = take_state(message.content, plan, request.wire), request.rule
         state = site.start(request, plan, state)
         begun = time.monotonic()
         common = silenced(state, request.local_rank)
-        dice, counts = dice_by_label(plan, site.evaluate(plan, common))
+        rows = site.evaluate(plan, common) if site.settings.share_dice else []
+        dice, counts = dice_by_label(plan, rows)
         fields: dict[str, object] = {
             "dice": dice,
             "dice_cases": counts,
@@ -163,7 +183,7 @@ def _round(message: Message, context: Context, train: bool) -> Message:
             "missing": list(_told_missing(site, plan)) or None,
         }
         if not train:
-            return _round_reply(request, site, "ok", "", fields).to_record()
+            return _round_reply(request, site.settings, "ok", "", fields).to_record()
         fields["training_cases"] = len(site.settings.training)
         require_noise(site.settings, request.mechanism)
         if request.mechanism:
@@ -192,7 +212,7 @@ def _round(message: Message, context: Context, train: bool) -> Message:
             )
             fields |= {
                 "training_slices": slices,
-                "loss": result.loss,
+                "loss": result.loss if site.settings.share_loss else None,
                 "seconds": result.seconds,
             }
         if rule.personal or request.local_rank:
@@ -200,12 +220,12 @@ def _round(message: Message, context: Context, train: bool) -> Message:
             site.cache.keep_personal(request.run, name, plan, request.round, state)
         sent = without_factors(global_part(state, request.local_rank), rule.absent)
         arrays = state_record(plan, sent, request.wire)
-        return _round_reply(request, site, "ok", "", fields).to_record(arrays)
+        return _round_reply(request, site.settings, "ok", "", fields).to_record(arrays)
 
     return _answer(message, context, act, respond)
 
 
-def _told_missing(site: Site, plan: AdaptationPlan) -> tuple[int, ...]:
+def _told_missing(site: "Site", plan: AdaptationPlan) -> tuple[int, ...]:
     """Return the channels of missing labels; none where they may follow from a hidden person."""
     if site.settings.min_noise and site.settings.annotated is None:
         return ()
@@ -215,8 +235,9 @@ def _told_missing(site: Site, plan: AdaptationPlan) -> tuple[int, ...]:
 def _answer(
     message: Message,
     context: Context,
-    act: Callable[[Site], RecordDict],
-    respond: Callable[[Site, str, str], RecordDict],
+    act: Callable[["Site"], RecordDict],
+    respond: Callable[[SiteSettings, str, str], RecordDict],
+    first: Callable[[], None] | None = None,
 ) -> Message:
     """Let the site act; turn whatever goes wrong into an answer that gives nothing away.
 
@@ -224,19 +245,25 @@ def _answer(
     """
     content = RecordDict({})
     try:
-        site = Site(site_of(context))
-        content = respond(site, "failed", FAILED)
-        content = act(site)
+        settings = site_of(context)
+        content = respond(settings, "failed", FAILED)
+        if reason := context.node_config.get(REFUSED):
+            raise ApprovalError(str(reason))
+        if first is not None:
+            first()
+        from dafne_federated.client.site import Site
+
+        content = act(Site(settings))
     except (ApprovalError, MessageError, StateError) as error:  # our own words, no names in them
         log.warning("refused: %s", error)
-        content = respond(site, "refused", plain(error)) if content else content
+        content = respond(settings, "refused", plain(error)) if content else content
     except Exception:  # nothing of it may leave the site
         log.exception("the site failed")
     return Message(content, reply_to=message)
 
 
 def _offer_reply(
-    site: Site,
+    settings: SiteSettings,
     status: str,
     reason: str = "",
     training_cases: int = 0,
@@ -245,8 +272,8 @@ def _offer_reply(
 ) -> RecordDict:
     return OfferReply.model_validate(
         {
-            "software": software_version(),
-            "site": site.settings.name,
+            **own_versions(),
+            "site": settings.name,
             "status": status,
             "reason": reason,
             "training_cases": training_cases,
@@ -256,19 +283,23 @@ def _offer_reply(
     ).to_record()
 
 
-def _base_reply(site: Site, status: str, reason: str = "") -> RecordDict:
-    fields = {"site": site.settings.name, "status": status, "reason": reason}
+def _base_reply(settings: SiteSettings, status: str, reason: str = "") -> RecordDict:
+    fields = {"site": settings.name, "status": status, "reason": reason}
     return BaseReply.model_validate(fields).to_record()
 
 
 def _round_reply(
-    request: RoundRequest, site: Site, status: str, reason: str, fields: Mapping[str, object]
+    request: RoundRequest,
+    settings: SiteSettings,
+    status: str,
+    reason: str,
+    fields: Mapping[str, object],
 ) -> RoundReply:
     return RoundReply.model_validate(
         {
             "run": request.run,
             "round": request.round,
-            "site": site.settings.name,
+            "site": settings.name,
             "base_digest": request.base_digest,
             "plan_digest": request.plan_digest,
             "status": status,

@@ -8,7 +8,7 @@ approved-models.json  bases that may run here
 cache/              bases, prepared slices (images of patients) and features
 privacy-marker.json how much the ledger in the cache must hold, once noise was given
 inbox/              bases that came and that nobody approved yet; never executed
-refusals.log        bundles that were refused, and why
+refusals.log        what was not run here, and why
 flower/, logs/      Flower's own settings, and what the programs said
 """
 
@@ -71,7 +71,6 @@ class SiteFolder:
         self.secret = self.path / "keys" / "superexec.secret"
         self.refusals = self.path / "refusals.log"
         self.home = self.path / "flower"
-        self.programs = self.home / "programs"
         self.logs = self.path / "logs"
         self.lock = self.path / "lock"
 
@@ -131,7 +130,7 @@ def make_site(
         if new
         else ""
     )
-    for private in (folder.path, folder.key.parent, folder.home, folder.programs, folder.logs):
+    for private in (folder.path, folder.key.parent, folder.home, folder.logs):
         private_folder(private)
     if folder.coordinator.exists() and folder.coordinator.read_bytes() != certificate:
         msg = f"{folder.coordinator} is another certificate than {authority}; remove one of them"

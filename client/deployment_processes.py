@@ -1,7 +1,10 @@
 """The programs of a site: Flower's SuperNode, and the one that starts the work it is given."""
 
+import sys
+
+from dafne_federated.client import work_starter
 from dafne_federated.client.deployment_folder import SiteFolder
-from dafne_federated.client.guard import REFUSALS, require_guard, write_guard
+from dafne_federated.client.refusals import REFUSALS
 from dafne_federated.core.flower_command import quiet_environment
 from dafne_federated.core.health import serving
 from dafne_federated.core.supervision import Program, supervise
@@ -12,7 +15,7 @@ def site_programs(folder: SiteFolder) -> list[Program]:
     connection = folder.connection
     first = connection.local_port
     environment = {
-        **quiet_environment(folder.home, [folder.programs]),
+        **quiet_environment(folder.home),
         REFUSALS: str(folder.refusals),
     }
     secret = ("--superexec-auth-secret-file", str(folder.secret))
@@ -25,7 +28,8 @@ def site_programs(folder: SiteFolder) -> list[Program]:
         *("--health-server-address", f"127.0.0.1:{first + 1}"),
     )
     executor = (
-        *("flower-superexec", "--insecure", "--runtime-api-address", f"127.0.0.1:{first}"),
+        *(sys.executable, "-P", "-m", work_starter.__name__),
+        *("--insecure", "--runtime-api-address", f"127.0.0.1:{first}"),
         *secret,
         *("--health-server-address", f"127.0.0.1:{first + 2}"),
     )
@@ -37,13 +41,11 @@ def start_site(folder: SiteFolder) -> None:
 
     Raises:
         SettingsError: ``folder`` is not one of a site, or a setting is wrong.
-        RunError: It runs already, or Flower would not start the guard.
+        RunError: It runs already, or the guard is missing.
     """
     programs = site_programs(folder)
     _ = folder.settings  # say now what is wrong with them, not at the first message
-    guard = write_guard(folder.programs)
-    for program in programs:
-        require_guard(guard, program.environment["PATH"])
+    work_starter.require_guard()
     supervise(programs, folder.logs, folder.lock)
 
 

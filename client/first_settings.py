@@ -52,13 +52,21 @@ classification = ""
 # annotated = ["left kidney"]
 # label-names."left kidney" = "kidney_L"
 
-# What this site agrees to: it takes part only with so many training cases, and trains at most
-# so many epochs a round.
+# What this site agrees to: it takes part only with so many training cases, trains at most so
+# many epochs a round, and works at most so many seconds on a message. What needs longer is
+# refused, and nothing of it is kept or sent.
 min-cases = 1
 max-epochs = 100
+# max-seconds = 3600
 
-# Whether numbers about all training slices together may leave (means and variances of
-# normalisations, pixels by label) where a run asks for them.
+# Methods by which it trains ('dafne-federated methods' lists them); by default all.
+# methods = ["lora", "norm", "bias"]
+
+# Which numbers beside the update may leave: the Dice of each label on the cases to measure on;
+# the loss of training; and where a run asks for them, numbers about all training slices together
+# (means and variances of normalisations, pixels by label).
+share-dice = true
+share-loss = true
 share-statistics = false
 
 # Where each person is to be hidden by noise: the least noise that this site accepts (above 0 it

@@ -1,88 +1,76 @@
 """Flower's `flwr-clientapp`, behind a guard: only bundles without code, only our program.
 
-Flower starts this in place of its own program for every message, because its folder comes
-first on the path. A bundle that is more than configuration is refused, and the refusal goes to
-the site's log in words, and to the server as Flower's own error. No bundle is ever unpacked
-here: what runs is the installed program, whatever the server names.
+This is started in place of Flower's own program for every message, see ``work_starter.py``. A
+bundle that is more than configuration is refused, in words that go to the site's own people and,
+without names, to the server. No bundle is ever unpacked here: what runs is the installed
+program, whatever the server names.
 
 It replaces two names in a module of Flower 1.41 that are not public; a test watches over them.
 """
 
-import os
-import shlex
-import shutil
-import sys
+import logging
 from collections.abc import Callable
-from datetime import UTC, datetime
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
-from dafne_federated.core.errors import ApprovalError, RunError
-from dafne_federated.core.files import sha256, write_atomic
+from flwr.app import Context, Message
+
+from dafne_federated.client.refusals import note_refusal
+from dafne_federated.client.site_settings import REFUSED
+from dafne_federated.core.errors import BundleError, RunError
+from dafne_federated.core.files import sha256
 from dafne_federated.core.flower_bundle import check_bundle
 
-PROGRAM = "flwr-clientapp"
-REFUSALS = "DAFNE_FEDERATED_REFUSALS"  # environment: the file that refusals are noted in
+log = logging.getLogger(__name__)
+
+REPLACED = ("install_from_fab", "get_load_client_app_fn")
 
 
-def write_guard(folder: Path) -> Path:
-    """Write the program that Flower is to start instead of its own `flwr-clientapp`.
+@dataclass
+class _Looked:
+    """What this process, which handles one message, thinks of its bundle."""
 
-    It can be executed before it has its name: at no moment would a search along the path pass
-    over it.
-    """
-    python, path = shlex.quote(sys.executable), folder / PROGRAM
-    new = folder / f".{PROGRAM}.new"
-    write_atomic(new, f'#!/bin/sh\nexec {python} -P -m {__name__} "$@"\n'.encode())
-    new.chmod(0o700)
-    return new.replace(path)
+    reason: str = "no bundle was looked at"
 
 
-def require_guard(guard: Path, search: str) -> None:
-    """Refuse to start where Flower would start another program than the guard.
-
-    Args:
-        guard: The guard.
-        search: The path along which Flower looks for programs.
-
-    Raises:
-        RunError: The guard is not found first, or cannot be executed where it lies.
-    """
-    found = shutil.which(PROGRAM, path=search)
-    if found is None or Path(found) != guard:
-        msg = (
-            f"{guard}: expected to be the program that Flower starts, got {found}; the disk of "
-            "the site's folder must allow programs (it may be mounted noexec)"
-        )
-        raise RunError(msg)
+_LOOKED = _Looked()
 
 
 def look_at_bundle(content: bytes, *_given: Any, **_named: Any) -> None:
-    """Refuse a bundle that is more than configuration; stands where Flower would unpack it.
-
-    Raises:
-        LoadClientAppError: Flower's error of a program that cannot be loaded. The server hears
-            of it without its text.
-    """
-    from flwr.clientapp.client_app import LoadClientAppError
-
+    """Look whether a bundle is more than configuration; stands where Flower would unpack it."""
     try:
         check_bundle(content)
-    except ApprovalError as error:
-        _note(f"bundle {sha256(content)[:16]} refused: {error}")
-        msg = "this site refuses the bundle"
-        raise LoadClientAppError(msg) from None
+        _LOOKED.reason = ""
+    except BundleError as error:
+        note_refusal(f"bundle {sha256(content)[:16]} refused: {error}")
+        _LOOKED.reason = f"declined: {error.reason}"
+    except Exception:
+        log.exception("the bundle cannot be looked at")
+        _LOOKED.reason = "declined: the bundle cannot be looked at"
 
 
 def installed_loader(*_given: Any, **_named: Any) -> Callable[..., Any]:
-    """Return what loads the installed program; stands where Flower would look into the bundle."""
+    """Return what loads the installed program; stands where Flower would look into the bundle.
 
-    def load(*_names: str) -> Any:
+    With a bundle that was refused, the program does nothing but say so.
+    """
+    return lambda *_names: _answer
+
+
+def _answer(message: Message, context: Context) -> Message:
+    """Let the installed program answer; no text of an exception leaves the site."""
+    from flwr.clientapp.client_app import LoadClientAppError
+
+    try:
         from dafne_federated.client.app import app
 
-        return app
-
-    return load
+        if _LOOKED.reason:
+            refusing = {**context.node_config, REFUSED: _LOOKED.reason}
+            context = replace(context, node_config=refusing)
+        return app(message, context)
+    except Exception as error:
+        msg = "the site's program ended"  # Flower tells the server a fixed text for this kind
+        raise LoadClientAppError(msg) from error
 
 
 def main() -> None:
@@ -90,17 +78,12 @@ def main() -> None:
     import flwr.supernode.runtime.run_clientapp as runtime
     from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 
+    if not all(hasattr(runtime, name) for name in REPLACED):
+        msg = "this version of Flower is not one that the guard was made for"
+        raise RunError(msg)
     runtime.install_from_fab = look_at_bundle  # type: ignore[attr-defined, assignment]
     runtime.get_load_client_app_fn = installed_loader  # type: ignore[attr-defined]
     flwr_clientapp()
-
-
-def _note(words: str) -> None:
-    line = f"{datetime.now(UTC).isoformat(timespec='seconds')} {words}\n"
-    sys.stderr.write(line)
-    if noted := os.environ.get(REFUSALS):
-        with Path(noted).open("a", encoding="utf-8") as file:
-            file.write(line)
 
 
 if __name__ == "__main__":

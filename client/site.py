@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dafne_federated.client.inbox import Inbox
+from dafne_federated.client.limits import Clock, require_cases, require_epochs, require_method
 from dafne_federated.client.optimiser_files import OptimiserFiles
 from dafne_federated.client.site_cache import SiteCache
 from dafne_federated.client.site_data import SiteData
@@ -81,15 +82,18 @@ class Site:
         self.approvals = Approvals(settings.approvals)
         self.data = SiteData(settings, self.cache)
         self.inbox = Inbox(settings.inbox) if settings.inbox else None
+        self.clock = Clock(settings.max_seconds)
 
     def consider(self, run: str, plan: AdaptationPlan) -> None:
         """Decide whether this site takes part in a run, and remember its plan.
 
         Raises:
-            ApprovalError: The base is not approved here, there are too few cases, the plan
-                does not allow the site's rank, or its labels and those of the model do not fit.
+            ApprovalError: The base is not approved here, there are too few cases, the site does
+                not train by the plan's method, the plan does not allow the site's rank, or its
+                labels and those of the model do not fit.
         """
         self.require_consent(plan.base_digest)
+        require_method(self.settings, plan)
         try:
             self.data.labels(plan.labels)
         except SettingsError as error:
@@ -117,9 +121,7 @@ class Site:
             words = "waits for approval" if waits else "is not approved"
             msg = f"base model {base_digest[:16]} {words} at this site"
             raise ApprovalError(msg)
-        if len(self.settings.training) < self.settings.min_cases:
-            msg = f"this site takes part with at least {self.settings.min_cases} training cases"
-            raise ApprovalError(msg)
+        require_cases(self.settings)
 
     def agreed_plan(self, run: str, digest: str, base_digest: str) -> AdaptationPlan:
         """Return the plan that this site agreed to for a run.
@@ -130,12 +132,16 @@ class Site:
         """
         plan = self.cache.plan(run, digest)
         if plan is None:
-            msg = f"plan {digest[:16]} was never offered to this site in this run"
+            msg = (
+                f"plan {digest[:16]} was never offered to this site in this run, or before its "
+                "software was updated"
+            )
             raise MessageError(msg)
         if plan.base_digest != base_digest:
             msg = f"the plan belongs to base {plan.base_digest[:16]}, not to {base_digest[:16]}"
             raise MessageError(msg)
         self.require_consent(base_digest)
+        require_method(self.settings, plan)
         return plan
 
     def evaluate(self, plan: AdaptationPlan, state: State) -> list[Agreement]:
@@ -144,6 +150,7 @@ class Site:
         engine.adapted.write(state)
         rows = []
         for case in self.data.cases(self.settings.validation, plan.labels):
+            self.clock.check()
             rows += evaluate_case(
                 engine.model,
                 case,
@@ -207,7 +214,8 @@ class Site:
         set_seed(seed, self.settings.name, number)
         compiled, batches = training.on(slices, self.prefix_cache())
         adam = optimiser.before(number, state) if optimiser else None
-        result = compiled.run(batches, epochs, batch_size, learning_rate, order, adam=adam)
+        timed = self.clock.over(batches)
+        result = compiled.run(timed, epochs, batch_size, learning_rate, order, adam=adam)
         if optimiser:
             optimiser.keep(number, compiled.adam())
         log.info("round %d: %d slices, %.1f s", number, len(slices), result.seconds)
@@ -225,13 +233,12 @@ class Site:
         """Return the engine with ``state`` written in it, its training, and the slices.
 
         Raises:
-            ApprovalError: The site does not agree to so many epochs.
+            ApprovalError: The site does not agree to so many epochs, or its time is over.
         """
-        if epochs > self.settings.max_epochs:
-            msg = f"this site trains at most {self.settings.max_epochs} epochs a round"
-            raise ApprovalError(msg)
+        require_epochs(self.settings, epochs)
         engine = self.engine(plan, state_rank(plan, state))
         slices = self.data.slices(engine.model, classes)
+        self.clock.check()
         missing = self.data.labels(plan.labels).missing
         engine.adapted.train_factors(trained)
         if (key := (trained, proximal, missing)) not in engine.trainings:

@@ -10,6 +10,7 @@ import numpy as np
 from dafne_federated.client.optimiser_files import OptimiserFiles
 from dafne_federated.core.errors import ModelFileError, StateError
 from dafne_federated.core.files import arrays_digest, private_folder, sha256, write_atomic
+from dafne_federated.core.handshake import fingerprint
 from dafne_federated.core.model_file import ModelFile, parse_model
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.slices import PreparedSlices
@@ -133,7 +134,8 @@ class SiteCache:
         return self.folder / "bases" / f"{digest}.model"
 
     def _plan(self, run: str, digest: str) -> Path:
-        return self.folder / "plans" / f"{run}-{digest}.json"
+        # What an update of the software changes is to be agreed to anew.
+        return self.folder / "plans" / f"{run}-{digest}-{fingerprint()}.json"
 
     def _personal_folder(self, run: str, site: str, plan: AdaptationPlan) -> Path:
         return self.folder / "personal" / f"{run}-{plan.digest[:16]}" / site

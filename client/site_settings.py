@@ -4,12 +4,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flwr.app import Context
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from dafne_federated.core.errors import SettingsError, first_fault
 from dafne_federated.core.flower_bundle import run_folder_path
+from dafne_federated.core.methods import METHODS
 from dafne_federated.core.toml_file import checked, read_toml
 from dafne_federated.core.wire import SiteName
+
+REFUSED = "refused"  # a node's own configuration: why it does nothing but refuse
 
 _PATHS = frozenset({"data", "cache", "bias_fields", "approvals", "inbox", "privacy_marker"})
 
@@ -36,12 +39,20 @@ class SiteSettings(BaseModel):
             out of the loss.
         min_cases: The site takes part only with at least so many training cases.
         max_epochs: Longest training in a round that it agrees to.
+        max_seconds: The most that it works on one message, by the clock; by default as long as
+            it takes. What needs longer is refused, and nothing of it is kept or sent: no result
+            depends on how fast a machine is. A round that hides persons, once it has been paid
+            for with epsilon, is finished.
+        methods: Methods by which it trains, by the names of the table; by default all.
         rank: Rank of its low-rank pairs, within the bound of the plan: less for few cases or a
             slow line, more for many; by default that of the run.
         share_statistics: Whether numbers about all training slices together may leave the site
             where a run asks for them: for each channel of each normalisation the mean and
             variance of what it is given, how many slices there are, and how many pixels and
             slices hold each label. A site that says no takes part without giving them.
+        share_dice: Whether the Dice of each label on the validation cases may leave. A site that
+            says no takes part and measures nothing.
+        share_loss: Whether the loss of training may leave.
         min_noise: 0 for a site that trains as the run asks. Else it trains only where the run
             hides each person (privacy 'person') with at least this noise, and shares no
             statistics.
@@ -76,8 +87,12 @@ class SiteSettings(BaseModel):
     annotated: tuple[str, ...] | None = None
     min_cases: int = Field(default=1, ge=1)
     max_epochs: int = Field(default=1000, ge=1)
+    max_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    methods: tuple[str, ...] | None = None
     rank: int | None = Field(default=None, ge=1, le=256)
     share_statistics: bool = True
+    share_dice: bool = True
+    share_loss: bool = True
     privacy_marker: Path | None = None
     min_noise: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     max_epsilon: float = Field(default=10.0, gt=0, allow_inf_nan=False)
@@ -87,6 +102,14 @@ class SiteSettings(BaseModel):
     precision: Literal["float32", "bfloat16"] = "float32"
     prefix_cache: bool = True
     prefix_cache_mib: int = Field(default=8192, ge=1)
+
+    @field_validator("methods")
+    @classmethod
+    def _known_methods(cls, methods: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if others := [name for name in methods or () if name not in METHODS]:
+            msg = f"expected methods among {', '.join(METHODS)}, got {others[0]!r}"
+            raise ValueError(msg)
+        return methods
 
 
 def read_site(path: Path) -> SiteSettings:

@@ -1,14 +1,16 @@
 """Which models this machine may execute: a list of digests that its people approved."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import platformdirs
 
 from dafne_federated.core.errors import ApprovalError, SettingsError
-from dafne_federated.core.files import write_atomic
+from dafne_federated.core.files import locked, write_atomic
 from dafne_federated.core.model_file import ModelFile
 
 
@@ -49,22 +51,18 @@ class Approvals:
 
     def add(self, model: ModelFile, why: str) -> None:
         """Approve ``model``; ``why`` is kept for whoever reads the list later."""
-        entries = self.entries()
-        entries[model.digest] = {
-            "name": str(model.metadata.get("model_name", "")),
-            "sources": model.sources_digest,
-            "why": why,
-            "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        write_atomic(self.path, json.dumps(entries, indent=2, sort_keys=True).encode())
+        with self._changed_by_one() as entries:
+            entries[model.digest] = {
+                "name": str(model.metadata.get("model_name", "")),
+                "sources": model.sources_digest,
+                "why": why,
+                "when": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
 
     def remove(self, digest: str) -> bool:
         """Take an approval back; return whether there was one."""
-        entries = self.entries()
-        found = entries.pop(digest, None) is not None
-        if found:
-            write_atomic(self.path, json.dumps(entries, indent=2, sort_keys=True).encode())
-        return found
+        with self._changed_by_one() as entries:
+            return entries.pop(digest, None) is not None
 
     def require(self, model: ModelFile) -> None:
         """Refuse a model that is not approved.
@@ -80,6 +78,18 @@ class Approvals:
                 f"'dafne-federated approve FILE' (digest {model.digest[:16]})"
             )
             raise ApprovalError(msg)
+
+    @contextlib.contextmanager
+    def _changed_by_one(self) -> Iterator[dict[str, dict[str, str]]]:
+        """Give the entries to be changed, to one process at a time; then write them."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(self.path.with_name(f".{self.path.name}.lock")):
+            entries = self.entries()
+            before = json.dumps(entries, indent=2, sort_keys=True)
+            yield entries
+            after = json.dumps(entries, indent=2, sort_keys=True)
+            if after != before:
+                write_atomic(self.path, after.encode())
 
 
 def home_folder() -> Path:

@@ -112,7 +112,7 @@ def dry_run(bench: Bench, plan: AdaptationPlan) -> DryRun:
         RunError: The process ended, most likely because memory did not suffice.
         DataError: The model's training function keeps no slice of the case.
     """
-    with ProcessPoolExecutor(1, mp_context=_context()) as pool:
+    with ProcessPoolExecutor(1, mp_context=process_start()) as pool:
         try:
             return pool.submit(_measure, bench, plan).result()
         except BrokenProcessPool:
@@ -154,7 +154,7 @@ def physical_memory_mib() -> float | None:
         return None
 
 
-def _context() -> BaseContext:
+def process_start() -> BaseContext:
     """Return a way to start processes that do not inherit the memory mark of this one.
 
     A process that is started directly takes over the high-water mark of the one that starts

@@ -3,6 +3,7 @@
 * DafneFederatedError
   - ModelFileError   a `.model` file cannot be read, written or adapted
   - ApprovalError    a model was about to be executed that nobody approved
+    - BundleError      a bundle of Flower's is more than configuration
   - DataError        images or masks are missing or do not fit together
   - AdapterError     a layer, shape or rank does not fit the base model
   - StateError       the arrays of an update are not what the plan says
@@ -34,6 +35,18 @@ class ModelFileError(DafneFederatedError):
 
 class ApprovalError(DafneFederatedError):
     """A model was about to be executed that nobody on this machine approved."""
+
+
+class BundleError(ApprovalError):
+    """A bundle of Flower's is not one that a site works by.
+
+    Attributes:
+        reason: Fixed words, which may be told to the other side.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
 
 
 class DataError(DafneFederatedError):

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dafne_federated.core.errors import ApprovalError, SettingsError
+from dafne_federated.core.errors import BundleError, SettingsError
 from dafne_federated.core.versions import software_version
 
 SERVER_APP = "dafne_federated.server.app:app"
@@ -31,6 +31,15 @@ _FLOWER_TABLES = frozenset(
     {"publisher", "fab-include", "fab-format-version", "flwr-version-target"}
     | {"components", "config"}
 )
+_REASONS = {
+    "more": "the bundle holds more than configuration",
+    "programs": "the bundle names other programs than those of this package",
+    "settings": f"{_NEEDED} in the bundle has settings that it should not",
+    "other": f"{_NEEDED} in the bundle is not the configuration of a Flower app",
+    "files": f"the bundle should hold each file once, and {_NEEDED}",
+    "large": f"a file in the bundle has more than {_LARGEST} bytes",
+    "damaged": "the bundle is damaged",
+}
 
 
 def write_app(folder: Path, run: Path) -> None:
@@ -89,7 +98,7 @@ def check_bundle(content: bytes) -> None:
     Nothing is unpacked.
 
     Raises:
-        ApprovalError: In words, why; they hold nothing of the site.
+        BundleError: In words, why; they hold nothing of the site.
     """
     text = _configuration(content)
     try:
@@ -99,14 +108,12 @@ def check_bundle(content: bytes) -> None:
         others = set(values) - _TABLES | set(values["tool"]) - {"flwr"}
         others |= set(values["tool"]["flwr"]) - {"app"} | set(app) - _FLOWER_TABLES
     except (ValueError, KeyError, TypeError, AttributeError):
-        msg = f"{_NEEDED} in the bundle is not the configuration of a Flower app"
-        raise ApprovalError(msg) from None
+        raise BundleError(_REASONS["other"]) from None
     if components != _COMPONENTS:
-        msg = f"the bundle names the programs {_short(components)}, expected {_short(_COMPONENTS)}"
-        raise ApprovalError(msg)
+        detail = f"{_short(components)}, expected {_short(_COMPONENTS)}"
+        raise BundleError(_REASONS["programs"], detail)
     if others:
-        msg = f"{_NEEDED} in the bundle has settings that it should not: {_short(sorted(others))}"
-        raise ApprovalError(msg)
+        raise BundleError(_REASONS["settings"], _short(sorted(others)))
 
 
 def _configuration(content: bytes) -> str:
@@ -116,18 +123,14 @@ def _configuration(content: bytes) -> str:
             entries = archive.infolist()
             names = [entry.filename for entry in entries]
             if extra := sorted(set(names) - _FILES):
-                msg = f"the bundle holds more than configuration: {_short(extra)}"
-                raise ApprovalError(msg)
+                raise BundleError(_REASONS["more"], _short(extra))
             if len(set(names)) != len(names) or _NEEDED not in names:
-                msg = f"the bundle should hold each file once, and {_NEEDED}"
-                raise ApprovalError(msg)
+                raise BundleError(_REASONS["files"])
             if any(entry.file_size > _LARGEST for entry in entries):
-                msg = f"a file in the bundle has more than {_LARGEST} bytes"
-                raise ApprovalError(msg)
+                raise BundleError(_REASONS["large"])
             return archive.read(_NEEDED).decode()
     except (zipfile.BadZipFile, ValueError, OSError, RuntimeError, EOFError, NotImplementedError):
-        msg = "the bundle is damaged"
-        raise ApprovalError(msg) from None
+        raise BundleError(_REASONS["damaged"]) from None
 
 
 def _short(value: Any) -> str:

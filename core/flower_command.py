@@ -26,17 +26,15 @@ _QUIET = {
 }
 
 
-def quiet_environment(home: Path, first_on_path: Sequence[Path] = ()) -> dict[str, str]:
+def quiet_environment(home: Path) -> dict[str, str]:
     """Return this process's environment for Flower: no telemetry, no installs, no proxy at home.
 
     Flower starts its programs by name, so the folder of this Python comes first in ``PATH``.
 
     Args:
         home: Flower's own folder.
-        first_on_path: Folders whose programs go before all others.
     """
-    folders = [*map(str, first_on_path), str(Path(sys.executable).parent)]
-    path = os.pathsep.join([*folders, os.environ.get("PATH", "")])
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     direct = {}
     for name in ("NO_PROXY", "no_proxy"):
         others = [host for host in os.environ.get(name, "").split(",") if host]

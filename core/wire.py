@@ -29,6 +29,7 @@ QUERY_STATISTICS = "query.statistics"
 # No control characters and no line separators: the text goes into records and terminals.
 _PLAIN = r"^[^\x00-\x1f\x7f-\x9f\u{2028}\u{2029}]*$"
 Reason = Annotated[str, Field(max_length=500, pattern=_PLAIN)]
+Version = Annotated[str, Field(max_length=40)]
 Counts = Annotated[list[Annotated[int, Field(ge=0, le=2**53)]], Field(max_length=256)]
 SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$")]
 
@@ -94,7 +95,10 @@ class Offer(WireMessage):
 
     Attributes:
         protocol: Version of these messages; both sides must agree.
-        software: Version of this package at the server.
+        software: Version of this package at the server; see ``core/handshake.py``.
+        flower: That of Flower.
+        keras: That of Keras.
+        tensorflow: That of TensorFlow.
         run: Name of the run, 32 hexadecimal digits.
         base_digest: SHA-256 of the base ``.model``.
         base_bytes: Its size.
@@ -102,7 +106,10 @@ class Offer(WireMessage):
     """
 
     protocol: Literal[1] = 1
-    software: str = Field(max_length=40)
+    software: Version
+    flower: Version
+    keras: Version
+    tensorflow: Version
     run: str = Field(pattern=r"^[0-9a-f]{32}$")
     base_digest: Sha256
     base_bytes: int = Field(ge=1)
@@ -116,7 +123,10 @@ class OfferReply(WireMessage):
     """
 
     protocol: Literal[1] = 1
-    software: str = Field(max_length=40)
+    software: Version
+    flower: Version
+    keras: Version
+    tensorflow: Version
     site: SiteName
     status: Literal["have", "need", "refused", "failed"]
     reason: Reason = ""

@@ -7,11 +7,16 @@ import numpy as np
 from flwr.serverapp import Grid
 
 from dafne_federated.core.errors import DafneFederatedError, RunError
+from dafne_federated.core.handshake import (
+    difference,
+    own_versions,
+    versions_said,
+    with_protocol,
+)
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RunFolder, RunInfo
 from dafne_federated.core.settings import RunSettings
 from dafne_federated.core.strategy_table import STRATEGY_TABLE
-from dafne_federated.core.versions import software_version
 from dafne_federated.core.wire import (
     QUERY_OFFER,
     TRAIN_BASE,
@@ -63,12 +68,14 @@ def gather(grid: Grid, folder: RunFolder, info: RunInfo, plan: AdaptationPlan) -
         msg = f"expected at least {settings.min_sites} sites, got {len(ids)} in {settings.wait} s"
         raise RunError(msg)
     base = folder.base_bytes()
-    offer = Offer(
-        software=software_version(),
-        run=info.run,
-        base_digest=info.base_digest,
-        base_bytes=len(base),
-        plan=plan.to_json(),
+    offer = Offer.model_validate(
+        {
+            **own_versions(),
+            "run": info.run,
+            "base_digest": info.base_digest,
+            "base_bytes": len(base),
+            "plan": plan.to_json(),
+        }
     ).to_record()
     # Before anything is asked: who leaves in between must not get a name of its own choice.
     registered = {n.node_id: getattr(n, "name", "") for n in grid.get_nodes()}
@@ -84,6 +91,10 @@ def gather(grid: Grid, folder: RunFolder, info: RunInfo, plan: AdaptationPlan) -
         node = by_number[number]
         if content is None:
             members.declined[registered.get(node) or number] = "its program ended without an answer"
+            continue
+        said = versions_said(content)
+        if said and (words := difference(said, with_protocol(own_versions()))):
+            members.declined[registered.get(node) or number] = plain(words)
             continue
         try:
             reply = OfferReply.from_record(content)

@@ -12,13 +12,13 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from dafne_federated.client.app import app
 from dafne_federated.core.approvals import Approvals
+from dafne_federated.core.handshake import own_versions
 from dafne_federated.core.model_file import read_model
 from dafne_federated.core.model_runtime import RunningModel
 from dafne_federated.core.new_run import make_plan
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.settings import RunSettings
 from dafne_federated.core.state import State, initial_state
-from dafne_federated.core.versions import software_version
 from dafne_federated.core.wire import (
     BaseModelBytes,
     BaseReply,
@@ -69,7 +69,7 @@ class SiteUnderTest:
 
     def offer(self, plan: AdaptationPlan, changes: dict[str, Any] | None = None) -> OfferReply:
         offer = Offer(
-            software=software_version(),
+            **own_versions(),
             run=RUN,
             base_digest=plan.base_digest,
             base_bytes=100,

@@ -16,13 +16,16 @@ from dafne_federated.client.base_review import (  # noqa: E402
     waiting_bases,
     withdraw_base,
 )
+from dafne_federated.client.limits import Clock  # noqa: E402
 from dafne_federated.client.site_settings import read_site  # noqa: E402
 from dafne_federated.core.adapters import AdaptedNetwork  # noqa: E402
+from dafne_federated.core.errors import ApprovalError  # noqa: E402
 from dafne_federated.core.model_file import read_model  # noqa: E402
 from dafne_federated.core.model_runtime import RunningModel  # noqa: E402
 from dafne_federated.core.new_run import make_plan  # noqa: E402
 from dafne_federated.core.plan import AdaptationPlan  # noqa: E402
 from dafne_federated.core.settings import RunSettings  # noqa: E402
+from dafne_federated.core.slices import PreparedSlices  # noqa: E402
 from dafne_federated.core.state import State, initial_state, state_bytes, state_rank  # noqa: E402
 from dafne_federated.core.strategy_table import RoundRule  # noqa: E402
 from dafne_federated.core.wire import RoundReply  # noqa: E402
@@ -99,7 +102,7 @@ def test_a_base_that_was_changed_on_disk_is_not_used(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"software": "9.9"}, "the server 9.9"),
+        ({"software": "9.9"}, "dafne-federated 0.1.0 at this site and 9.9 at the coordinator"),
         ({"base_digest": "c" * 64}, "belongs to another base"),
         ({"plan": "{}"}, "adaptation plan"),
     ],
@@ -135,6 +138,55 @@ def test_the_sites_own_limits_hold(make_site: MakeSite, plan: AdaptationPlan, tr
     site.send_base(trained.path.read_bytes(), plan.base_digest)
     reply = RoundReply.from_record(site.round(plan, epochs=3))
     assert (reply.status, reply.reason) == ("refused", "this site trains at most 2 epochs a round")
+    assert not list(site.path.glob("cache/slices/*"))  # nobody measured before it was refused
+    site = make_site(methods=["norm", "bias"])
+    words = "this site trains only by these methods: norm, bias; the run takes 'lora'"
+    assert site.offer(plan).reason == words
+    assert RoundReply.from_record(site.round(plan)).reason == words
+
+
+def test_what_needs_longer_than_a_site_allows_is_refused_and_leaves_nothing(
+    ready: SiteUnderTest, make_site: MakeSite, plan: AdaptationPlan
+) -> None:
+    content = ready.round(plan, optimiser="kept")
+    assert RoundReply.from_record(content).status == "ok"
+    before = {path: path.read_bytes() for path in ready.path.rglob("*") if path.is_file()}
+    site = make_site(max_seconds=1e-6)
+    content = site.round(plan, optimiser="kept", round=2)
+    reply = RoundReply.from_record(content)
+    words = "this site works at most 1e-06 s on a message, and this needs longer"
+    assert (reply.status, reply.reason, "arrays" in content) == ("refused", words, False)
+    (site.path / "site.json").write_bytes(before[site.path / "site.json"])
+    assert before == {path: path.read_bytes() for path in site.path.rglob("*") if path.is_file()}
+    site = make_site(max_seconds=1e6)
+    again = take_state(site.round(plan), plan)
+    assert state_bytes(plan, again) == state_bytes(plan, take_state(ready.round(plan), plan))
+
+
+def test_time_is_looked_at_with_every_batch() -> None:
+    shape = (2, 4, 4, 1)
+    slices = PreparedSlices(np.zeros(shape, "f4"), np.zeros(shape, "u1"), np.ones(shape, "f4"), 2)
+    assert Clock(None).over(slices) is slices
+    one = np.array([1])
+    for given, timed in zip(
+        slices.batch(one)[0], Clock(60).over(slices).batch(one)[0], strict=True
+    ):
+        np.testing.assert_array_equal(given, timed)
+    with pytest.raises(ApprovalError, match="works at most 1e-09 s"):
+        Clock(1e-9).over(slices).batch(one)
+
+
+def test_dice_and_loss_stay_where_the_site_says_so(
+    ready: SiteUnderTest, make_site: MakeSite, plan: AdaptationPlan
+) -> None:
+    told = ready.round(plan)
+    site = make_site(share_dice=False, share_loss=False)
+    content = site.round(plan)
+    reply = RoundReply.from_record(content)
+    assert (reply.status, reply.dice_cases, reply.loss) == ("ok", [0, 0], None)
+    assert set(reply.dice) == {0.0}
+    assert RoundReply.from_record(told).loss is not None
+    assert state_bytes(plan, take_state(content, plan)) == state_bytes(plan, take_state(told, plan))
 
 
 def test_a_round_gives_an_update_and_the_dice_of_what_came(

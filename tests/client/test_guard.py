@@ -1,76 +1,134 @@
 """A site looks at every bundle, unpacks none, and runs the program that is installed."""
 
 import inspect
-import os
+import io
+import json
 import subprocess
 import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp.client_app import LoadClientAppError
+from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime import run_clientapp
 
-from dafne_federated.client.app import app
-from dafne_federated.client.guard import (
-    PROGRAM,
-    REFUSALS,
-    installed_loader,
-    look_at_bundle,
-    require_guard,
-    write_guard,
-)
-from dafne_federated.core.errors import RunError
+from dafne_federated.client.guard import REPLACED, installed_loader, look_at_bundle
+from dafne_federated.client.refusals import REFUSALS
+from dafne_federated.core.flower_bundle import write_app
+from dafne_federated.core.handshake import own_versions
+from dafne_federated.core.wire import Offer, OfferReply
 
 
 def test_flower_unpacks_and_loads_by_the_names_that_the_guard_replaces() -> None:
     source = inspect.getsource(run_clientapp.run_clientapp)
-    for name in ("install_from_fab", "get_load_client_app_fn"):
+    for name in REPLACED:
         assert source.count(f"{name}(") == 1
         assert callable(getattr(run_clientapp, name))
     assert source.index("install_from_fab(") < source.index("get_load_client_app_fn(")
-    # A refusal becomes a fixed text: nothing of it reaches the server.
+    assert "client_app(message=message, context=context)" in source
+    # What goes wrong becomes a fixed text: nothing of it reaches the server.
     assert "isinstance(ex, LoadClientAppError)" in source
 
 
-def test_what_runs_is_the_installed_program_whatever_is_named() -> None:
-    load = installed_loader(default_app_ref="os:system", app_path="/tmp", multi_app=True)
-    assert load("other/app", "1.0", "0" * 64) is app
+OFFER = Offer(
+    **own_versions(), run="0" * 32, base_digest="a" * 64, base_bytes=10, plan="{}"
+).to_record()
 
 
-def test_a_refused_bundle_is_noted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def asking(tmp_path: Path) -> Callable[..., Any]:
+    """Return what asks the installed program, as Flower would, what the guard lets it answer."""
+    settings = {"name": "clinic", "data": "d", "training": [], "validation": []}
+    settings |= {"cache": str(tmp_path / "cache"), "approvals": str(tmp_path / "approved.json")}
+    (tmp_path / "site.json").write_text(json.dumps(settings))
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    config = {"site": str(tmp_path / "site.json")}
+
+    def answer(content: RecordDict, kind: str) -> Any:
+        message = Message(content, dst_node_id=5, message_type=kind)
+        message.metadata.__dict__["_message_id"] = "m"
+        load = installed_loader(default_app_ref="os:system", app_path="/tmp", multi_app=True)
+        context = Context(1, 5, dict(config), RecordDict({}), {})
+        reply = load("other/app", "1.0", "0" * 64)(message=message, context=context)
+        assert context.node_config == config  # Flower keeps it for the next message
+        return reply.content
+
+    return answer
+
+
+@pytest.fixture
+def ask(tmp_path: Path) -> Callable[..., Any]:
+    return asking(tmp_path)
+
+
+def good_bundle() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        write_app(Path(folder), Path(folder))
+        return bundle(pyproject__toml=(Path(folder) / "pyproject.toml").read_text())
+
+
+def bundle(**files: str) -> bytes:
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name.replace("__", "."), text)
+    return made.getvalue()
+
+
+def test_a_refused_bundle_is_noted_and_the_server_is_told_in_fixed_words(
+    ask: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv(REFUSALS, str(tmp_path / "refusals.log"))
-    with pytest.raises(LoadClientAppError, match=r"^this site refuses the bundle$"):
-        look_at_bundle(b"anything", skip_prompt=True)
+    look_at_bundle(bundle(evil__py="", pyproject__toml=""), skip_prompt=True)
     noted = (tmp_path / "refusals.log").read_text()
-    assert noted.endswith("refused: the bundle is damaged\n")
+    assert noted.endswith("refused: the bundle holds more than configuration: ['evil.py']\n")
     assert capfd.readouterr().err == noted
+    reply = OfferReply.from_record(ask(OFFER, "query.offer"))
+    words = "declined: the bundle holds more than configuration"
+    assert (reply.status, reply.site, reply.reason) == ("refused", "clinic", words)
+    look_at_bundle(b"anything")
+    reply = OfferReply.from_record(ask(OFFER, "query.offer"))
+    assert reply.reason == "declined: the bundle is damaged"
 
 
-def test_without_a_guard_that_can_be_executed_nothing_starts(tmp_path: Path) -> None:
-    other = tmp_path / "flowers"
-    other.mkdir()
-    theirs = other / PROGRAM
-    theirs.write_text("#!/bin/sh\n")
-    theirs.chmod(0o755)
-    (tmp_path / "ours").mkdir()
-    guard = write_guard(tmp_path / "ours")
-    search = f"{guard.parent}{os.pathsep}{other}"
-    assert guard.stat().st_mode & 0o777 == 0o700
-    require_guard(guard, search)
-    guard.chmod(0o600)  # as on a disk that is mounted noexec
-    with pytest.raises(RunError, match=f"expected to be the program .* got {theirs}"):
-        require_guard(guard, search)
-    guard.unlink()
-    with pytest.raises(RunError, match="expected to be the program"):
-        require_guard(guard, search)
+def test_the_installed_program_answers_whatever_is_named(ask: Callable[..., Any]) -> None:
+    look_at_bundle(good_bundle())
+    reply = OfferReply.from_record(ask(OFFER, "query.offer"))
+    assert (reply.status, "plan" in reply.reason) == ("refused", True)
 
 
-def test_the_program_that_flower_starts_is_the_guard(tmp_path: Path) -> None:
-    write_guard(tmp_path)
+def test_no_text_of_an_exception_is_handed_to_flower(ask: Callable[..., Any]) -> None:
+    with pytest.raises(LoadClientAppError, match=r"^the site's program ended$"):
+        ask(OFFER, "query.unheard_of")
+
+
+def test_other_versions_and_code_are_refused_before_tensorflow_is_loaded(tmp_path: Path) -> None:
+    code = """
+import pathlib, sys
+from tests.client.test_guard import *
+ask = asking(pathlib.Path(sys.argv[1]))
+look_at_bundle(b"")
+print(OfferReply.from_record(ask(OFFER, "query.offer")).reason)
+look_at_bundle(good_bundle())
+from flwr.app import ConfigRecord
+other = dict(OFFER["message"]) | {"keras": "1.0.0", "protocol": 7}
+offer = RecordDict({"message": ConfigRecord(other)})
+print(OfferReply.from_record(ask(offer, "query.offer")).reason)
+print(sorted({"keras", "tensorflow", "dafne_dl"} & sys.modules.keys()))
+"""
     done = subprocess.run(
-        [tmp_path / "flwr-clientapp", "--help"], capture_output=True, text=True, check=False
-    )
-    assert "Run a Flower ClientApp" in done.stdout, done.stderr
-    assert sys.executable in (tmp_path / "flwr-clientapp").read_text()
+        [sys.executable, "-c", code, tmp_path],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    damaged, versions, loaded = done.stdout.splitlines() or [done.stderr] * 3
+    assert damaged == "declined: the bundle is damaged"
+    assert versions.startswith("versions differ: protocol 1 at this site and 7 at the coordinator")
+    assert "and 1.0.0 at the coordinator" in versions
+    assert loaded == "[]"

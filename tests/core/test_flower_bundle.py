@@ -95,9 +95,9 @@ def test_a_file_that_is_there_twice_is_refused(files: dict[str, bytes]) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("dafne_federated.client.app:app", "os:system", "names the programs .*os:system"),
-        ("dafne_federated.server.app:app", "other:app", "names the programs"),
-        ('serverapp = "dafne_federated.server.app:app"', "", "names the programs"),
+        ("dafne_federated.client.app:app", "os:system", "names other programs .*os:system"),
+        ("dafne_federated.server.app:app", "other:app", "names other programs"),
+        ('serverapp = "dafne_federated.server.app:app"', "", "names other programs"),
         ("[tool.flwr.app.config]", "[tool.flwr.app.hooks]\na = 1\n[tool.flwr.app.config]", "hooks"),
         ("[project]", "[build-system]\nrequires = []\n[project]", "build-system"),
         ("[tool.flwr.app]", "[tool.flwr]", "settings that it should not.*publisher"),

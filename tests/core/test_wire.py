@@ -24,10 +24,11 @@ from dafne_federated.core.wire import (
 from dafne_federated.core.wire_arrays import rounded, state_record, take_bytes, take_state
 
 SHA = "a" * 64
+VERSIONS = {"software": "0.1.0", "flower": "1.41.0", "keras": "3.1.0", "tensorflow": "2.21.0"}
 RUN = "0" * 32
 MESSAGES = [
-    Offer(software="0.1.0", run=RUN, base_digest=SHA, base_bytes=10, plan="{}"),
-    OfferReply(software="0.1.0", site="A", status="need", training_cases=3, validation_cases=0),
+    Offer(**VERSIONS, run=RUN, base_digest=SHA, base_bytes=10, plan="{}"),
+    OfferReply(**VERSIONS, site="A", status="need", training_cases=3, validation_cases=0),
     BaseModelBytes(run=RUN, base_digest=SHA),
     BaseReply(site="A", status="refused", reason="not approved"),
     RoundRequest(

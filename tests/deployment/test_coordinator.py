@@ -24,7 +24,7 @@ from dafne_federated.server.deployment_folder import (  # noqa: E402
 )
 from dafne_federated.server.flower_nodes import flower_nodes  # noqa: E402
 from dafne_federated.server.registration import registered_sites, site_states  # noqa: E402
-from tests.deployment.conftest import Deployment, free_ports, wait_for  # noqa: E402
+from tests.deployment.deployed import Deployment, free_ports, wait_for  # noqa: E402
 
 KILLED = """
 import os, signal, sys

@@ -17,6 +17,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from pydantic import SecretStr
 
 from dafne_federated.core.files import sha256
+from dafne_federated.core.handshake import own_versions
 from dafne_federated.core.moments import moments
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RunFolder, RunInfo
@@ -87,7 +88,7 @@ class PretendSite:
         self.received.append(kind)
         if kind == "query.offer":
             content = OfferReply(
-                software=software_version(),
+                **own_versions(),
                 site=self.name,
                 status="have" if self.has_base else "need",
                 training_cases=3,

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from flwr.app import Error, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 
 from dafne_federated.server import exchange
 from dafne_federated.server.rounds import run_rounds
@@ -77,3 +77,27 @@ def test_a_site_that_was_started_again_before_the_first_round_is_asked_again_at_
     run_rounds(grid, folder)
     assert list(folder.rounds()[0].sites) == ["site-a", "site-b"]
     assert site.received.count("query.offer") == 2
+
+
+def test_a_site_with_other_versions_is_declined_in_words(new_run: Make, make_grid: Make) -> None:
+    folder = new_run(rounds=1, min_sites=1)
+    grid = make_grid(folder, "ab")
+    one, two = grid.sites
+
+    def older(message: Any, content: Any) -> Any:
+        if message.metadata.message_type == "query.offer":
+            record = dict(content["message"])
+            del record["tensorflow"]  # as of a protocol that did not have it
+            content["message"] = ConfigRecord(record | {"keras": "2.9.0", "protocol": 0})
+        return content
+
+    grid.sites[two].change = older
+    run_rounds(grid, folder)
+    (members,) = [event for event in folder.events() if event["event"] == "members"]
+    assert members["sites"] == [grid.sites[one].name]
+    (reason,) = members["declined"].values()
+    assert reason.startswith(
+        "versions differ: protocol 0 at this site and 1 at the coordinator, Keras 2.9.0 at this"
+    )
+    assert "TensorFlow not said at this site" in reason
+    assert reason.endswith("install those of the coordinator at this site")
