@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from dafne_federated.client.gate_evidence import compared_with_base
 from dafne_federated.client.private_round import require_noise, train_privately
 from dafne_federated.client.site import Site, dice_by_label
 from dafne_federated.client.site_settings import site_of
@@ -154,8 +155,10 @@ def _round(message: Message, context: Context, train: bool) -> Message:
         state = site.start(request, plan, state)
         begun = time.monotonic()
         common = silenced(state, request.local_rank)
-        dice, counts = dice_by_label(plan, site.evaluate(plan, common))
+        rows, change = compared_with_base(site, plan, common)
+        dice, counts = dice_by_label(plan, rows)
         fields: dict[str, object] = {
+            **change,
             "dice": dice,
             "dice_cases": counts,
             "evaluation_seconds": time.monotonic() - begun,

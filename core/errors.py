@@ -9,6 +9,7 @@
   - MessageError     a message from the other side is not what the protocol says
   - SettingsError    a setting is unknown, missing or out of range
   - RunError         a federation could not start, go on or end
+  - ReleaseError     a release is not what was signed
   - ServerError      a Dafne server cannot be reached, refuses, or did not keep what it was sent
     - VersionMovedError  somebody published another version meanwhile
 """
@@ -56,6 +57,10 @@ class SettingsError(DafneFederatedError):
 
 class RunError(DafneFederatedError):
     """A federation could not start, go on or end."""
+
+
+class ReleaseError(DafneFederatedError):
+    """A release is not what was signed."""
 
 
 class ServerError(DafneFederatedError):
