@@ -20,11 +20,13 @@ from dafne_federated.cli.methods import methods
 from dafne_federated.cli.models import app as models
 from dafne_federated.cli.new_task import new_task
 from dafne_federated.cli.printable import printable
+from dafne_federated.cli.releases import app as releases
 from dafne_federated.cli.report import report
 from dafne_federated.cli.server import app as server
 from dafne_federated.cli.simulate import simulate
 from dafne_federated.cli.site import app as site
 from dafne_federated.cli.train import train
+from dafne_federated.cli.verify import verify
 from dafne_federated.core.errors import DafneFederatedError
 
 app = typer.Typer(
@@ -48,9 +50,11 @@ app.command("benchmark")(benchmark)
 app.command("merge")(merge)
 app.command("adopt")(adopt)
 app.command("report")(report)
+app.command("verify")(verify)
 app.add_typer(server, name="server")
 app.add_typer(site, name="site")
 app.add_typer(models, name="models")
+app.add_typer(releases, name="releases")
 
 
 def main() -> None:

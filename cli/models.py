@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -52,7 +53,7 @@ def list_command(server: Server, key_file: KeyFile = None, json_output: AsJson =
 
     Example: dafne-federated models list --server https://dafne.example.org/api/
     """
-    with _connect(server, key_file) as connection:
+    with connect(server, key_file) as connection:
         models = [model_versions(connection, name) for name in list_models(connection)]
     if json_output:
         print(json.dumps([_facts(model) for model in models], indent=2))
@@ -76,7 +77,7 @@ def show(
 
     Example: dafne-federated models show Thigh --server https://dafne.example.org/api/
     """
-    with _connect(server, key_file) as connection:
+    with connect(server, key_file) as connection:
         model = model_versions(connection, name)
     if json_output:
         print(json.dumps(_facts(model), indent=2))
@@ -111,12 +112,12 @@ def pull_command(
 
     Example: dafne-federated models pull Thigh --server https://dafne.example.org/api/
     """
-    with _connect(server, key_file) as connection:
+    with connect(server, key_file) as connection:
         model = model_versions(connection, name)
         chosen = model.latest if version is None else version
         target = output or Path(f"{name}_{chosen}.model")
         check_output(target)
-        with _progress(f"Downloading {name}", json_output) as told:
+        with progress(f"Downloading {name}", json_output) as told:
             kept = pull(connection, model, version, told=told)
     _require_model(kept, f"{name}: version {chosen}")
     copy_model(kept, target)
@@ -153,8 +154,9 @@ def push(
 ) -> None:
     """Publish a release as the next version of its model, if its base is still the newest.
 
-    Ends with status 3 if another version was published meanwhile: pull it, run again from it,
-    pass the gate again, push. A push that was interrupted goes on with the same command.
+    The signature is verified first. Ends with status 3 and the commands to go on with if another
+    version was published meanwhile: what was learned on the old base was measured there, and has
+    to pass the gate on the new one. A push that was interrupted goes on with the same command.
 
     Example: dafne-federated models push runs/demo/release/Thigh_1700000000.model --server …
     """
@@ -175,7 +177,7 @@ def push(
         msg = f"{file.name}: changed while it was looked at; nothing was sent"
         raise SettingsError(msg)
     try:
-        with _connect(server, key_file) as connection:
+        with connect(server, key_file) as connection:
             there = model_versions(connection, name)
             base = there.digests.get(after) if after is not None else origin.base_digest
             if base is None:
@@ -187,7 +189,7 @@ def push(
                 require_base_newest(there, base)
             if not yes:
                 _ask(there, model, contribution, len(data), origin.objection, connection.address)
-            with _progress(f"Uploading {name}", json_output) as told:
+            with progress(f"Uploading {name}", json_output) as told:
                 if contribution:
                     dice = -1.0 if origin.dice is None else origin.dice
                     contribute(connection, name, data, base, dice, told)
@@ -202,6 +204,8 @@ def push(
                     }
     except VersionMovedError as error:
         print(f"dafne-federated: {printable(str(error))}", file=sys.stderr)
+        for line in _by_hand(name, error.latest, server):
+            print(f"  {printable(line)}", file=sys.stderr)
         raise typer.Exit(MOVED) from None
     if json_output:
         print(json.dumps(facts, indent=2))
@@ -214,9 +218,22 @@ def push(
             print(f"Published by somebody else at the same time, and not part of it: {others}")
 
 
-def _connect(server: str, key_file: Path | None) -> DafneConnection:
+def connect(server: str, key_file: Path | None) -> DafneConnection:
+    """Return a connection to a Dafne server, with the key that is found."""
     address = server_address(server)
     return DafneConnection(address, find_key(address, key_file))
+
+
+def _by_hand(name: str, latest: int, server: str) -> list[str]:
+    """Return the commands that adapt the newest version instead."""
+    file = f"{name}_{latest}.model".replace(" ", "-")
+    return [
+        f"dafne-federated models pull {shlex.quote(name)} --version {latest} -o {file} "
+        f"--server {server}",
+        f"dafne-federated approve {file}",
+        f"dafne-federated server run DIR --base {file}",
+        f"dafne-federated models push DIR/runs/RUN/release/NAME.model --server {server}",
+    ]
 
 
 def _require_model(path: Path, named: str) -> None:
@@ -269,7 +286,7 @@ def _date(version: int) -> str:
 
 
 @contextlib.contextmanager
-def _progress(title: str, hidden: bool) -> Iterator[Told]:
+def progress(title: str, hidden: bool) -> Iterator[Told]:
     """Give a function that shows bytes done and their total."""
     console = Console(stderr=True)
     columns = (

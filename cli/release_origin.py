@@ -6,11 +6,13 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from dafne_federated.core.errors import RunError
+from dafne_federated.core.errors import ReleaseError, RunError
 from dafne_federated.core.fine_tuning_folder import FineTuningInfo, FineTuningResult
 from dafne_federated.core.metrics import mean
 from dafne_federated.core.model_file import ModelFile
 from dafne_federated.core.run_folder import RunFolder
+from dafne_federated.core.signed_release import MANIFEST, SIGNATURE, checked_manifest, verify
+from dafne_federated.server.deployment_folder import home_of
 from dafne_federated.server.release import mean_score
 from dafne_federated.simulations.release_check import load_release_check
 
@@ -60,11 +62,11 @@ def release_origin(path: Path, model: ModelFile, run: Path | None = None) -> Ori
     if folder is None:
         return Origin(base, None, "the folder of its run is not beside it (name it with --run)")
     if (folder / "rounds.jsonl").exists():
-        return _of_federation(RunFolder(folder), model, base)
+        return _of_federation(path, RunFolder(folder), model, base)
     return _of_fine_tuning(folder, model, base)
 
 
-def _of_federation(folder: RunFolder, model: ModelFile, base: str) -> Origin:
+def _of_federation(path: Path, folder: RunFolder, model: ModelFile, base: str) -> Origin:
     info, result = folder.info(), folder.result()
     dice = mean_score(result.dice) if result.released else None
     check = load_release_check(folder)
@@ -79,8 +81,26 @@ def _of_federation(folder: RunFolder, model: ModelFile, base: str) -> Origin:
     elif info.base_digest != base:
         objection = "its record names another base than its run"
     else:
-        objection = ""
+        objection = _signature_fault(path, folder, model)
     return Origin(base, dice, objection)
+
+
+def _signature_fault(path: Path, run: RunFolder, model: ModelFile) -> str:
+    """Return what is wrong with the signature; only a simulation needs none."""
+    home = home_of(run)
+    public = home.release_public if home else None
+    beside = (path.parent / MANIFEST).exists()
+    folder = path.parent if beside else run.release
+    if home is None and not (folder / SIGNATURE).exists():
+        return ""
+    try:
+        if beside:
+            verify(path, public)
+            return ""
+        manifest, _ = checked_manifest(folder, public)  # the file was moved out of its release
+    except ReleaseError as error:
+        return str(error)
+    return "" if model.digest in manifest.files.values() else f"{MANIFEST} does not list it"
 
 
 def _of_fine_tuning(folder: Path, model: ModelFile, base: str) -> Origin:

@@ -8,6 +8,7 @@ import typer
 from dafne_federated.cli.server_run import resume, run
 from dafne_federated.cli.server_status import status
 from dafne_federated.core.run_folder import RunFolder
+from dafne_federated.core.signed_release import public_fingerprint
 from dafne_federated.core.site_request import SiteRequest
 from dafne_federated.core.supervision import stop as stop_supervisor
 from dafne_federated.core.supervision import supervisor
@@ -44,6 +45,8 @@ def init(
     made = make_server(folder, chosen)
     print(f"settings:     {made.settings_file}")
     print(f"for sites:    {made.authority}  (give it to each site on a way that they trust)")
+    known_by = public_fingerprint(made.release_public)
+    print(f"for users:    {made.release_public}  (to verify releases: {known_by})")
     print(f"certificate:  valid for {days_left(made.certificate)} days")
 
 

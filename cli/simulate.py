@@ -113,6 +113,15 @@ def simulate(
     margin: Annotated[
         float | None, typer.Option(help="Dice that a label of a site may lose. [0.05]")
     ] = None,
+    confidence: Annotated[
+        float | None, typer.Option(help="With which a larger loss is excluded. [0.95]")
+    ] = None,
+    min_persons: Annotated[
+        int | None, typer.Option(help="Without so many who accept no release. [3]")
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Folder of images that the gate looks at, too.")
+    ] = None,
     min_sites: Annotated[int | None, typer.Option(help="Without so many no round. [2]")] = None,
     sites_per_round: Annotated[
         int | None, typer.Option(help="So many, drawn anew, train in a round; 0 for all. [0]")

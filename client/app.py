@@ -41,6 +41,7 @@ from dafne_federated.core.wire_arrays import state_record, take_arrays, take_byt
 
 if TYPE_CHECKING:
     from dafne_federated.client.site import Site
+    from dafne_federated.core.metrics import Agreement
 
 log = logging.getLogger(__name__)
 
@@ -162,6 +163,7 @@ def _round(message: Message, context: Context, train: bool) -> Message:
         return _round_reply(request, settings, status, reason, {}).to_record()
 
     def act(site: "Site") -> RecordDict:
+        from dafne_federated.client.gate_evidence import compared_with_base
         from dafne_federated.client.limits import require_epochs
         from dafne_federated.client.private_round import require_noise, train_privately
         from dafne_federated.client.site import dice_by_label
@@ -173,9 +175,13 @@ def _round(message: Message, context: Context, train: bool) -> Message:
         state = site.start(request, plan, state)
         begun = time.monotonic()
         common = silenced(state, request.local_rank)
-        rows = site.evaluate(plan, common) if site.settings.share_dice else []
+        rows: list[Agreement] = []
+        change: dict[str, object] = {}
+        if site.settings.share_dice:
+            rows, change = compared_with_base(site, plan, common)
         dice, counts = dice_by_label(plan, rows)
         fields: dict[str, object] = {
+            **change,
             "dice": dice,
             "dice_cases": counts,
             "evaluation_seconds": time.monotonic() - begun,

@@ -12,6 +12,7 @@
   - RunError         a federation could not start, go on or end
     - FlowerError    Flower's command line failed or gave no answer
     - LostRunError   the program of a run ended without a word of its own
+  - ReleaseError     a release is not what was signed
   - ServerError      a Dafne server cannot be reached, refuses, or did not keep what it was sent
     - VersionMovedError  somebody published another version meanwhile
 """
@@ -87,6 +88,10 @@ class LostRunError(RunError):
     def __init__(self, message: str, number: str | None) -> None:
         super().__init__(message)
         self.number = number
+
+
+class ReleaseError(DafneFederatedError):
+    """A release is not what was signed."""
 
 
 class ServerError(DafneFederatedError):

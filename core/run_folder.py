@@ -15,20 +15,22 @@ result.json         how the run ended
 
 import contextlib
 import fcntl
-import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dafne_federated.core.errors import RunError
+from dafne_federated.core.event_lines import append_event, read_events
 from dafne_federated.core.files import arrays_digest, private_folder, sha256, write_atomic
+from dafne_federated.core.gate_decision import GateDecision
 from dafne_federated.core.json_record import read_record
+from dafne_federated.core.paired_changes import Changes
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.pooled_statistics import PooledStatistics
 from dafne_federated.core.settings import RunSettings
@@ -79,6 +81,8 @@ class SiteRound(BaseModel):
         bytes_up: Bytes of records it sent.
         dice: Dice of the state that it received, per label; None where not measured.
         dice_cases: Validation cases behind each Dice.
+        choose: How the Dice changed from the base, in the persons who choose a round.
+        accept: The same in those who accept it; see ``core/paired_changes.py``.
         device: What it ran on.
         update_norm: How far its update moves the base; see ``strategies/outliers.py``.
         share: How much of its weight a robust rule or the cap left; 0 if it was left out.
@@ -102,6 +106,8 @@ class SiteRound(BaseModel):
     bytes_up: int = 0
     dice: dict[str, float | None] = Field(default_factory=dict)
     dice_cases: dict[str, int] = Field(default_factory=dict)
+    choose: Changes = Field(default_factory=dict)
+    accept: Changes = Field(default_factory=dict)
     device: str = ""
     update_norm: float = 0.0
     share: float = 1.0
@@ -164,6 +170,7 @@ class RunResult(BaseModel):
         content_digest: SHA-256 of its weights, identity and sources, or empty.
         base_dice: Dice of the base, by site and label.
         dice: Dice of the chosen state, by site and label.
+        decision: What the gate decided, if it was asked.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -176,6 +183,7 @@ class RunResult(BaseModel):
     content_digest: str = ""
     base_dice: dict[str, dict[str, float | None]]
     dice: dict[str, dict[str, float | None]]
+    decision: GateDecision | None = None
 
 
 class RunFolder:
@@ -288,18 +296,11 @@ class RunFolder:
 
     def event(self, kind: str, **details: Any) -> None:
         """Append one event for whoever watches."""
-        line = json.dumps({"time": time.time(), "event": kind, **details})
-        with (self.path / "events.jsonl").open("ab+") as file:
-            if file.tell() and not _ends_line(file):  # a kill left half a line behind
-                line = "\n" + line
-            file.write(line.encode() + b"\n")
+        append_event(self.path / "events.jsonl", {"time": time.time(), "event": kind, **details})
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """Yield all events so far; a line that is being written is left for the next look."""
-        path = self.path / "events.jsonl"
-        for text in path.read_bytes().split(b"\n")[:-1] if path.exists() else ():
-            with contextlib.suppress(ValueError):  # half a line that a kill left behind
-                yield json.loads(text)
+        """Return all events so far; a line that is being written is left for the next look."""
+        return read_events(self.path / "events.jsonl")
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -340,8 +341,3 @@ def _same(path: Path, wanted: str, got: str) -> None:
     if wanted != got:
         msg = f"{path}: expected digest {wanted[:16]} as in the record of the run, got {got[:16]}"
         raise RunError(msg)
-
-
-def _ends_line(file: IO[bytes]) -> bool:
-    file.seek(-1, 2)
-    return file.read(1) == b"\n"

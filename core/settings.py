@@ -87,9 +87,14 @@ class RunSettings(BaseModel):
         max_norm_ratio: An update that moves the base more than so many times the median of the
             round's updates is refused; needs three sites. Not with privacy ``site``.
         gate: ``validation`` releases only what the sites' validation persons show to be better
-            than the base; ``none`` releases the last round unseen, for sites without any.
+            than the base, see ``server/acceptance.py``; ``none`` releases the last round unseen,
+            for sites without any.
         margin: With the gate, the most Dice that any label of any site may lose; with one or
             two validation persons at a site, a label moves by some points of itself.
+        confidence: With which a larger fall must be excluded, one-sided.
+        min_persons: With fewer validation persons who accept, nothing is released.
+        reference: Folder of the coordinator's own images that the gate looks at, too; empty for
+            none.
     """
 
     model_config = ConfigDict(
@@ -141,6 +146,9 @@ class RunSettings(BaseModel):
     max_cases: int = Field(default=100_000, ge=1)
     gate: Literal["validation", "none"] = "validation"
     margin: float = Field(default=0.05, ge=0, le=1)
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    min_persons: int = Field(default=3, ge=1)
+    reference: str = ""
 
     @field_validator("method")
     @classmethod
@@ -159,6 +167,11 @@ class RunSettings(BaseModel):
             msg = f"only method 'lora' chooses among layers, not {method!r}"
             raise ValueError(msg)
         return layers
+
+    @field_validator("reference", mode="before")
+    @classmethod
+    def _reference_from_anywhere(cls, path: str | Path) -> str:
+        return str(Path(path).absolute()) if path else ""
 
     @model_validator(mode="after")
     def _rank_within_bound(self) -> Self:

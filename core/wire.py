@@ -31,6 +31,7 @@ _PLAIN = r"^[^\x00-\x1f\x7f-\x9f\u{2028}\u{2029}]*$"
 Reason = Annotated[str, Field(max_length=500, pattern=_PLAIN)]
 Version = Annotated[str, Field(max_length=40)]
 Counts = Annotated[list[Annotated[int, Field(ge=0, le=2**53)]], Field(max_length=256)]
+_CHANGE = frozenset({"change-persons", "change-total", "change-squares"})
 SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$")]
 
 
@@ -280,6 +281,10 @@ class RoundReply(WireMessage):
         evaluation_seconds: Wall time of evaluating the received state.
         dice: Dice of the received state on the site's validation cases, per label of the plan.
         dice_cases: In how many cases each label could be measured; 0 makes its Dice void.
+        change_persons: In how many validation persons the Dice could be compared with that of the
+            base: for each label in those who choose a round, then in those who accept it.
+        change_total: Sum of these persons' differences; see ``core/paired_changes.py``.
+        change_squares: Sum of their squares.
         unit: Whom the noise hides, where the round asked for it.
         epsilon: What this run cost each of them so far, an upper bound; see ``PRIVACY.md``.
         delta: Of that epsilon.
@@ -289,9 +294,13 @@ class RoundReply(WireMessage):
             hides persons and whose people did not say which.
     """
 
-    metrics: ClassVar[frozenset[str]] = frozenset(
-        {"training-cases", "training-slices", "loss", "seconds", "evaluation-seconds", "dice"}
-    ) | {"dice-cases", "epsilon", "delta", "steps"}
+    metrics: ClassVar[frozenset[str]] = (
+        frozenset(
+            {"training-cases", "training-slices", "loss", "seconds", "evaluation-seconds", "dice"}
+        )
+        | {"dice-cases", "epsilon", "delta", "steps"}
+        | _CHANGE
+    )
 
     protocol: Literal[1] = 1
     run: str = Field(pattern=r"^[0-9a-f]{32}$")
@@ -309,6 +318,9 @@ class RoundReply(WireMessage):
     evaluation_seconds: float = Field(default=0.0, ge=0)
     dice: list[Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=list)
     dice_cases: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+    change_persons: list[Annotated[int, Field(ge=0, le=100_000)]] = Field(default_factory=list)
+    change_total: list[Annotated[float, Field(ge=-1e5, le=1e5)]] = Field(default_factory=list)
+    change_squares: list[Annotated[float, Field(ge=0, le=1e5)]] = Field(default_factory=list)
     unit: Literal["person"] | None = None
     epsilon: float | None = Field(default=None, ge=0)
     delta: float | None = Field(default=None, gt=0, lt=1)

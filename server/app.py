@@ -8,6 +8,7 @@ from flwr.serverapp import Grid, ServerApp
 from dafne_federated.core.errors import DafneFederatedError
 from dafne_federated.core.flower_bundle import run_folder_path
 from dafne_federated.core.run_folder import RunFolder
+from dafne_federated.server.deployment_folder import signing_key
 from dafne_federated.server.release import release
 from dafne_federated.server.rounds import run_rounds
 
@@ -22,7 +23,7 @@ def main(grid: Grid, context: Context) -> None:
         folder.event("started")
         try:
             run_rounds(grid, folder)
-            release(folder)
+            release(folder, signing_key(folder))
         except DafneFederatedError as error:
             folder.event("stopped", reason=str(error))
             raise

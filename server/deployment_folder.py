@@ -2,7 +2,9 @@
 
 server.toml         settings, for people to edit
 ca.crt              what sites know the coordinator by; not secret
-keys/               certificate authority, server certificate, secret between Flower's programs
+release.pub         what others know its releases by; not secret
+keys/               certificate authority, server certificate, key that signs releases, secret
+                    between Flower's programs
 sites.json          who was registered, with which key
 runs/               one folder a run
 flower/             Flower's own settings, and its database: messages under way are in it
@@ -20,6 +22,8 @@ from dafne_federated.core.errors import SettingsError
 from dafne_federated.core.files import private_folder, write_atomic
 from dafne_federated.core.flower_bundle import RUNS
 from dafne_federated.core.flower_command import quiet_environment, write_connection
+from dafne_federated.core.run_folder import RunFolder
+from dafne_federated.core.signed_release import make_signing_key
 from dafne_federated.core.toml_file import checked, read_toml
 from dafne_federated.server.certificates import make_authority, make_server_certificate
 
@@ -58,6 +62,8 @@ class ServerFolder:
         self.authority_key = self.path / "keys" / "ca.key"
         self.certificate = self.path / "keys" / "server.crt"
         self.key = self.path / "keys" / "server.key"
+        self.release_key = self.path / "keys" / "release.key"
+        self.release_public = self.path / "release.pub"
         self.secret = self.path / "keys" / "superexec.secret"
         self.sites = self.path / "sites.json"
         self.sites_lock = self.path / "sites.lock"
@@ -116,10 +122,23 @@ def make_server(path: Path, chosen: ServerSettings) -> ServerFolder:
     make_server_certificate(
         folder.certificate, folder.key, settings.hosts, folder.authority, folder.authority_key
     )
+    make_signing_key(folder.release_key, folder.release_public)
     if not folder.secret.exists():
         write_atomic(folder.secret, secrets.token_hex(32).encode(), private=True)
     write_connection(folder.home, settings.local_port, folder.authority)
     return folder
+
+
+def home_of(run: RunFolder) -> ServerFolder | None:
+    """Return the coordinator that a run belongs to; None for one of a simulation."""
+    folder = ServerFolder(run.path.resolve().parent.parent)
+    return folder if folder.settings_file.exists() and folder.release_key.exists() else None
+
+
+def signing_key(run: RunFolder) -> Path | None:
+    """Return the key that signs the release of a run; a simulation has none."""
+    home = home_of(run)
+    return home.release_key if home else None
 
 
 def _settings_text(settings: ServerSettings) -> str:

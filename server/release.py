@@ -1,32 +1,44 @@
 """From the rounds of a run to a released `.model`, or to the reason why there is none."""
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
-from dafne_federated.core.files import write_atomic
+from dafne_federated.core.files import sha256, write_atomic
+from dafne_federated.core.gate_decision import GateDecision
 from dafne_federated.core.merged_model import adapted_model, release_name
 from dafne_federated.core.metrics import mean
 from dafne_federated.core.model_file import ModelFile, parse_model, write_model
+from dafne_federated.core.paired_changes import Changes
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RoundLine, RunFolder, RunInfo, RunResult
 from dafne_federated.core.settings import RunSettings
+from dafne_federated.core.signed_release import ReleaseManifest, sign
 from dafne_federated.core.strategy_table import STRATEGY_TABLE
+from dafne_federated.server.acceptance import decide
+from dafne_federated.server.model_card import CARD_DATA, CARD_PAGE, card_page, model_card
+from dafne_federated.server.reference_folder import reference_changes
 
 Scores = dict[str, dict[str, float | None]]
 
 
-def release(folder: RunFolder) -> RunResult:
+def release(folder: RunFolder, key: Path | None = None) -> RunResult:
     """Choose the best state that loses nothing, fold it into the base, and write the release.
 
-    A state may be released if its mean Dice over sites and labels is above the base's, and no
-    label of any site falls by more than ``margin``; among those the one with the best mean is
-    taken. The Dice are those that the sites measured on their validation persons.
+    Which one that is, and whether it may be released, is decided in ``acceptance.py``. Beside the
+    model lie Dafne's side-car, a model card, and the list of all of them.
+
+    Args:
+        folder: The run.
+        key: Signs the list; without one the release is not signed.
     """
     info, plan, rounds = folder.info(), folder.plan(), folder.rounds()
     base_dice = base_scores(folder)
-    number, reason = choose_round(rounds, info.settings, base_dice)
+    reference = reference_changes(folder) if info.settings.reference else None
+    number, reason, decision = choose_round(rounds, info.settings, reference)
     if number is None:
         result = RunResult(
             released=False,
@@ -34,6 +46,7 @@ def release(folder: RunFolder) -> RunResult:
             round=None,
             base_dice=base_dice,
             dice=scores(rounds[-1]),
+            decision=decision,
         )
         folder.finish(result)
         return result
@@ -44,9 +57,6 @@ def release(folder: RunFolder) -> RunResult:
     )
     name = release_name(base, info.created)
     written = write_model(model, folder.release / f"{name}.model")
-    sidecar = json.dumps(sidecar_metadata(written), indent=4)
-    family, _, _ = name.partition("_")  # Dafne keeps one side-car for all versions of a name
-    write_atomic(folder.release / f"{family}.json", sidecar.encode())
     result = RunResult(
         released=True,
         reason=reason,
@@ -56,47 +66,72 @@ def release(folder: RunFolder) -> RunResult:
         content_digest=written.content_digest,
         base_dice=base_dice,
         dice=scores(rounds[number]),
+        decision=decision,
     )
+    family, _, _ = name.partition("_")  # Dafne keeps one side-car for all versions of a name
+    card = model_card(info, plan, rounds, result, base, written)
+    texts = {
+        f"{family}.json": json.dumps(sidecar_metadata(written), indent=4),
+        CARD_DATA: card.model_dump_json(indent=2),
+        CARD_PAGE: card_page(card),
+    }
+    for file, text in texts.items():
+        write_atomic(folder.release / file, text.encode())
+    manifest = ReleaseManifest(
+        model=result.release,
+        files={result.release: written.digest}
+        | {file: sha256(text.encode()) for file, text in sorted(texts.items())},
+        name=family,
+        version=written.timestamp_id,
+        run=info.run,
+        round=number,
+        base_digest=info.base_digest,
+        content_digest=written.content_digest,
+    )
+    sign(folder.release, manifest, key)
     folder.finish(result)
     return result
 
 
 def choose_round(
-    rounds: list[RoundLine], settings: RunSettings, base: Scores | None = None
-) -> tuple[int | None, str]:
-    """Return the round to release, or None, and why in words.
+    rounds: list[RoundLine],
+    settings: RunSettings,
+    reference: Callable[[int], Changes] | None = None,
+) -> tuple[int | None, str, GateDecision | None]:
+    """Return the round to release, or None; why in words; and what the gate decided, if asked.
 
     Args:
         rounds: All lines; the last one evaluates the final state.
         settings: Those of the run.
-        base: Dice of the base; by default those of the first round.
+        reference: Gives the changes in the coordinator's own folder with the state after a round.
     """
     if not STRATEGY_TABLE[settings.strategy].common:
-        return None, (
+        words = (
             f"with strategy {settings.strategy!r} there is no model for everybody: each site has "
             "its own, in its cache"
         )
+        return None, words, None
     if settings.gate == "none":
-        return rounds[-1].round - 1, "the last round, released without a gate as the settings say"
-    best, reasons = None, []
-    base = scores(rounds[0]) if base is None else base
-    for line in rounds[1:]:
-        candidate, number = scores(line), line.round - 1
-        if not line.whole:
-            reasons.append(f"round {number}: sites of smaller rank measured a cut of it")
-            continue
-        if reason := why_not(base, candidate, settings.margin):
-            reasons.append(f"round {number}: {reason}")
-            continue
-        before, after = (mean_score(scores) for scores in compared(base, candidate))
-        gain = (after or 0.0) - (before or 0.0)
-        if best is None or gain > best[0]:
-            best = (gain, number)
-    if best is None:
-        return None, "no state passed the gate: " + "; ".join(reasons[-3:])
-    return best[
-        1
-    ], f"round {best[1]} has the largest gain in mean Dice, and no label lost more than the margin"
+        words = "the last round, released without a gate as the settings say"
+        return rounds[-1].round - 1, words, None
+    number, decision = decide(rounds, settings, reference)
+    if number is None:
+        return None, f"no state passed the gate: {decision.reason}", decision
+    chosen = any(site.choose for line in rounds for site in line.sites.values())
+    words = f"round {number} has the largest gain in mean Dice in the persons who choose"
+    if not chosen:
+        words = f"round {number} is the last whole one, and no person chooses"
+    if before := decision.looked_at[:-1]:
+        words = f"round {number} is the next best: {_numbers(before)} was not accepted"
+    words += (
+        f"; in {decision.persons} others, who accept, the mean rises by {decision.change:.3f} and "
+        "no label lost more than the margin"
+    )
+    return number, words, decision
+
+
+def _numbers(rounds: Sequence[int]) -> str:
+    return " and ".join(f"round {number}" for number in rounds)
 
 
 def provenance(
@@ -180,41 +215,3 @@ def scores(line: RoundLine) -> Scores:
 def mean_score(dice: Scores) -> float | None:
     """Return the mean over sites of each site's mean over labels."""
     return mean([mean(list(labels.values())) for labels in dice.values()])
-
-
-def compared(base: Scores, candidate: Scores) -> tuple[Scores, Scores]:
-    """Return both without what was not measured for both, so that means are of the same."""
-    both = {
-        (site, label)
-        for site, labels in base.items()
-        for label, before in labels.items()
-        if before is not None and candidate.get(site, {}).get(label) is not None
-    }
-
-    def kept(scores: Scores) -> Scores:
-        return {
-            site: {label: value for label, value in labels.items() if (site, label) in both}
-            for site, labels in scores.items()
-        }
-
-    return kept(base), kept(candidate)
-
-
-def why_not(base: Scores, candidate: Scores, margin: float) -> str:
-    """Return why ``candidate`` must not be released, in words; empty if it may."""
-    for site, labels in sorted(base.items()):
-        for label, before in labels.items():
-            after = candidate.get(site, {}).get(label)
-            if before is not None and after is None:
-                return f"{label} of {site} was measured for the base but not for this state"
-            if before is not None and after is not None and after < before - margin:
-                return f"{label} of {site} falls from {before:.3f} to {after:.3f}"
-    for site, labels in sorted(candidate.items()):
-        if site not in base and any(value is not None for value in labels.values()):
-            return f"{site} has never measured the base, so nobody knows what it would lose"
-    before, after = (mean_score(scores) for scores in compared(base, candidate))
-    if before is None or after is None:
-        return "no site measured a Dice for the base and for this state"
-    if after <= before:
-        return f"the mean Dice does not rise ({before:.3f} to {after:.3f})"
-    return ""

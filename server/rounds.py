@@ -17,6 +17,7 @@ from flwr.serverapp import Grid
 from dafne_federated.core.class_weights import ClassCounts
 from dafne_federated.core.errors import RunError
 from dafne_federated.core.files import arrays_digest
+from dafne_federated.core.paired_changes import told
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.rank_cut import Cut, Cuts, at_rank, site_ranks
 from dafne_federated.core.run_folder import RoundLine, RunFolder, RunInfo, SiteRound
@@ -284,10 +285,14 @@ def _site_round(plan: AdaptationPlan, answer: Answer, asked: bool, down: int, up
     if (reply := verdict.reply) is not None and reply.status == "ok":
         measured = zip(plan.labels, reply.dice, reply.dice_cases, strict=False)
         rows = [(label, value if count else None, count) for label, value, count in measured]
+        sums = (reply.change_persons, reply.change_total, reply.change_squares)
+        choose, accept = told(plan.labels, *sums)
         # The Dice is of what was sent, and counts whatever became of the update.
         fields = {
             "dice": {label: value for label, value, _ in rows},
             "dice_cases": {label: count for label, _, count in rows},
+            "choose": choose,
+            "accept": accept,
         }
     if (spent := answer.training or reply) is not None and spent.status == "ok":
         # Whatever became of the update.

@@ -33,6 +33,7 @@ from dafne_federated.core.json_record import read_record
 from dafne_federated.core.model_file import read_model, write_model
 from dafne_federated.core.model_runtime import RunningModel
 from dafne_federated.core.new_run import make_plan, start_run
+from dafne_federated.core.paired_changes import accepting
 from dafne_federated.core.preprocessing import BiasFieldCache
 from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.core.settings import RunSettings
@@ -215,11 +216,14 @@ def _check(partition: Partition, images: DataFolder, settings: RunSettings) -> N
     if len(sites) < settings.min_sites:
         msg = f"expected at least min-sites {settings.min_sites} sites, got {len(sites)}"
         raise SettingsError(msg)
-    if settings.gate == "validation" and not any(site.validation for site in sites):
+    persons = [{ref.person for ref in site.validation} for site in sites]
+    accept, wanted = sum(len(accepting(own)) for own in persons), settings.min_persons
+    if settings.gate == "validation" and not settings.reference and accept < wanted:
         msg = (
-            "no site has validation persons, and only they can show that a state is better "
-            "than the base: expected a site of three persons or more and a share for "
-            "validation, or --gate none, which releases the last round without looking"
+            "only validation persons can show that a state is better than the base, and every "
+            f"other one of a site accepts: expected min-persons {wanted} who accept, got "
+            f"{accept}; give more persons or a larger share for validation, name a "
+            "reference folder, or take --gate none, which releases the last round without looking"
         )
         raise SettingsError(msg)
     partition.check_without(images.labels.values())

@@ -91,6 +91,12 @@ def _on_validation_persons(result: RunResult) -> str:
     if before is None or after is None:
         return "No Dice was measured, so nothing is known about the quality of this run."
     who = counted(len(result.base_dice), "site")
+    if result.decision is not None and result.decision.accepted:
+        people = result.decision.persons
+        return (
+            f"Federated adaptation {moved(before, after)} on the validation persons of {who}; "
+            f"the {people} who accepted it had no part in choosing the round."
+        )
     return (
         f"Federated adaptation {moved(before, after)} on the validation persons of {who}; those "
         "persons also decided which round to release, so expect less on new ones."

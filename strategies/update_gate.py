@@ -10,6 +10,7 @@ import numpy.typing as npt
 from flwr.app import RecordDict
 
 from dafne_federated.core.errors import DafneFederatedError, StateError
+from dafne_federated.core.paired_changes import told
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.state import state_rank
 from dafne_federated.core.wire import RoundReply, RoundRequest, plain
@@ -81,6 +82,7 @@ def judge(
         if len(reply.dice) != len(reply.dice_cases) or len(reply.dice) not in (0, len(plan.labels)):
             msg = f"dice: expected {len(plan.labels)} labels, got {len(reply.dice)}"
             raise StateError(msg)
+        told(plan.labels, reply.change_persons, reply.change_total, reply.change_squares)
         missing = check_missing(plan, reply.missing or ())
         checked = reply
         if request.epochs == 0:

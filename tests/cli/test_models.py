@@ -18,10 +18,12 @@ from dafne_federated.cli.app import app
 from dafne_federated.core.errors import DafneFederatedError
 from dafne_federated.core.files import arrays_digest, sha256
 from dafne_federated.core.model_file import read_model
+from dafne_federated.core.paired_changes import PairedChange
 from dafne_federated.core.plan import AdaptationPlan, Target
 from dafne_federated.core.run_folder import RoundLine, RunFolder, RunInfo, SiteRound
 from dafne_federated.core.settings import RunSettings
 from dafne_federated.core.state import State
+from dafne_federated.server.deployment_folder import signing_key
 from dafne_federated.server.release import release
 from dafne_federated.simulations.release_check import ReleaseCheck, save_release_check
 
@@ -68,7 +70,9 @@ def models(server: tuple[StandIn, str], monkeypatch: pytest.MonkeyPatch) -> Call
     return run
 
 
-def finished_run(path: Path, base: bytes = BASE, gain: float = 0.1, **settings: Any) -> RunFolder:
+def finished_run(
+    path: Path, base: bytes = BASE, gain: float = 0.1, created: int = START + 1, **settings: Any
+) -> RunFolder:
     """The folder of a run that measured this gain, with its release if the gate lets it pass."""
     plan = AdaptationPlan(
         base_digest=sha256(base),
@@ -81,7 +85,7 @@ def finished_run(path: Path, base: bytes = BASE, gain: float = 0.1, **settings: 
     )
     info = RunInfo(
         run="0" * 32,
-        created=START + 1,
+        created=created,
         base_digest=plan.base_digest,
         base_name="Limb",
         plan_digest=plan.digest,
@@ -91,15 +95,17 @@ def finished_run(path: Path, base: bytes = BASE, gain: float = 0.1, **settings: 
     )
     folder = RunFolder.create(path, info, plan, base)
     for number, dice in ((1, 0.5), (2, 0.5 + gain)):
+        change = {"muscle": PairedChange(persons=3, total=3 * (dice - 0.5), squares=0.1)}
         site = SiteRound(
-            status="ok", training_cases=3, dice={"muscle": dice}, dice_cases={"muscle": 1}
-        )
+            status="ok", training_cases=3, dice={"muscle": dice}, dice_cases={"muscle": 3},
+            accept=change,
+        )  # fmt: skip
         line = RoundLine(
             round=number, trained=number == 1, sites={"a": site}, aggregation_error=None,
             state_digest=arrays_digest(STATE), seconds=1.0,
         )  # fmt: skip
         folder.finish_round(line, STATE)
-    release(folder)
+    release(folder, signing_key(folder))
     return folder
 
 
@@ -179,8 +185,9 @@ def test_a_moved_version_ends_in_status_3_and_says_what_to_do(
     for extra in ((), ("--force",), ("--contribute",)):
         done = models("push", released, "--yes", *extra)
         assert done.exit_code == 3
-        assert len(done.stderr.splitlines()) == 1
-        assert "Pull it, run again from it, pass the gate again, then push" in done.stderr
+        first, *commands = done.stderr.splitlines()
+        assert first.endswith("Pull it, run again from it, pass the gate again, then push")
+        assert f"models pull Limb --version {START + 5} -o Limb_{START + 5}.model" in commands[0]
     assert stand_in.newest("Limb") == OTHER
     assert stand_in.pending == []
 

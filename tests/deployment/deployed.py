@@ -29,6 +29,7 @@ epochs = 3
 threads = 2
 device = "cpu"
 margin = 0.2
+min-persons = 1
 max-rank = 8
 deadline = 300
 """

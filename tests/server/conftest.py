@@ -62,6 +62,16 @@ def base_bytes(plan: AdaptationPlan) -> bytes:
     return pickle.dumps(content, protocol=4)
 
 
+def changed(plan: AdaptationPlan, difference: float) -> Any:
+    """Return what a site says of two persons, one who chooses and one who accepts."""
+    size = 2 * len(plan.labels)
+    return {
+        "change_persons": [1] * size,
+        "change_total": [difference] * size,
+        "change_squares": [difference**2] * size,
+    }
+
+
 def stop_in(group: object) -> Callable[[Message, RecordDict], RecordDict]:
     """Return what makes a site stop the whole run when it is asked in a round."""
 
@@ -80,6 +90,7 @@ class PretendSite:
         self.name, self.plan, self.has_base = name, plan, has_base
         self.change: Callable[[Message, RecordDict], Any] = lambda _, content: content
         self.received: list[str] = []
+        self.base_dice = 0.55
         self.rank: int | None = None
         self.ranks: list[int] = []  # of what came
 
@@ -127,6 +138,7 @@ class PretendSite:
             training_cases=3 if request.epochs else 0,
             dice=[level] * len(self.plan.labels),
             dice_cases=[1] * len(self.plan.labels),
+            **changed(self.plan, level - self.base_dice),
         )
         return reply.to_record(
             state_record(self.plan, new, request.wire) if request.epochs else None
@@ -251,7 +263,7 @@ def new_run(tmp_path: Path, small_plan: AdaptationPlan) -> Callable[..., RunFold
             base_name="Base",
             plan_digest=plan.digest,
             settings=RunSettings.model_validate(
-                {"rounds": 3, "min_sites": 2, "wait": 1} | settings
+                {"rounds": 3, "min_sites": 2, "min_persons": 1, "wait": 1} | settings
             ),
             versions={"dafne-federated": software_version()},
             command="test",

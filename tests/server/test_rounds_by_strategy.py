@@ -9,11 +9,12 @@ import pytest
 from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.core.state import state_bytes, state_rank, without_factors
 from dafne_federated.core.strategy_table import COORDINATE_RULES, STRATEGY_TABLE, round_rule
+from dafne_federated.core.wire import RoundReply
 from dafne_federated.core.wire_arrays import rounded
 from dafne_federated.server.release import choose_round
 from dafne_federated.server.rounds import first_state, run_rounds
 from dafne_federated.server.statistics import with_statistics
-from tests.server.conftest import BOTH, grid_of, stop_in
+from tests.server.conftest import BOTH, changed, grid_of, stop_in
 
 Make = Callable[..., Any]
 WITH_PAIRS = [name for name, rules in STRATEGY_TABLE.items() if rules.pairs != "never"]
@@ -56,7 +57,7 @@ def test_each_site_gets_its_own_rank_back(new_run: Make, make_grid: Make, strate
     lines = folder.rounds()
     whole_in = {"product": [True] * 4, "stack": [True, False, False, True]}
     assert [line.whole for line in lines] == whole_in[strategy]
-    number, reason = choose_round(lines, folder.info().settings)
+    number, reason, _ = choose_round(lines, folder.info().settings)
     assert (number, "no label lost" in reason) == (3, True)  # the one that all measured whole
 
 
@@ -70,7 +71,10 @@ def test_a_site_of_larger_rank_leaves_all_others_the_state_whole(
 
     def best_in_the_middle(message: Any, content: Any) -> Any:
         if message.metadata.group_id == "3":
-            content.metric_records["metrics"]["dice"] = [0.9, 0.9]
+            more = changed(folder.plan(), 0.9)
+            reply = RoundReply.from_record(content).model_copy(update=more)
+            numbers = reply.to_record().metric_records["metrics"]
+            content.metric_records["metrics"] = numbers
         return content
 
     for site in grid.sites.values():
@@ -99,7 +103,7 @@ def test_a_rank_that_does_not_fit_is_declined_in_words(new_run: Make, make_grid:
 def test_a_strategy_without_a_common_model_releases_none(new_run: Make, make_grid: Make) -> None:
     folder = new_run(strategy="shared-a")
     run_rounds(make_grid(folder), folder)
-    number, reason = choose_round(folder.rounds(), folder.info().settings)
+    number, reason, _ = choose_round(folder.rounds(), folder.info().settings)
     assert (number, "no model for everybody" in reason) == (None, True)
 
 

@@ -71,7 +71,7 @@ def test_the_drawn_sites_train_and_all_measure_every_state(
     for line in folder.rounds():
         assert {name for name, site in line.sites.items() if site.dice} == set(NAMES[:4])
     assert all(site.asked for site in last.sites.values())
-    number, reason = choose_round(folder.rounds(), folder.info().settings)
+    number, reason, _ = choose_round(folder.rounds(), folder.info().settings)
     assert (number == 3) == STRATEGY_TABLE[strategy].common, reason
 
 

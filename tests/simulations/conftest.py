@@ -16,7 +16,9 @@ from dafne_federated.simulations.preparation import Simulation
 from dafne_federated.simulations.progress import Stages
 from dafne_federated.simulations.simulate import simulate
 
-SETTINGS = RunSettings(rounds=2, epochs=3, threads=2, device="cpu", margin=0.2, max_rank=8)
+SETTINGS = RunSettings(
+    rounds=2, epochs=3, threads=2, device="cpu", margin=0.2, min_persons=1, max_rank=8
+)
 
 
 @pytest.fixture(scope="session")

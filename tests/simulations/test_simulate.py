@@ -246,7 +246,7 @@ def test_settings_of_sites_that_are_not_ours_stay(
         (
             {"partition": PartitionSettings(shares=(2, 0, 1))},
             SettingsError,
-            "no site has validation persons.*--gate none",
+            "only validation persons can show.*expected min-persons 1 .*got 0.*--gate none",
         ),
         ({"partition": PartitionSettings(divide=2)}, SettingsError, "validation persons"),
         (

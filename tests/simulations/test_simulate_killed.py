@@ -28,6 +28,7 @@ def test_a_killed_simulation_goes_on_and_ends_in_the_same_bits(
     run = tmp_path / "run"
     (tmp_path / "settings.toml").write_text(
         'rounds = 2\nepochs = 3\nthreads = 2\ndevice = "cpu"\nmargin = 0.2\nmax-rank = 8\n'
+        "min-persons = 1\n"
     )
     command = [
         *(sys.executable, "-m", "dafne_federated.cli.app", "simulate", str(squares_folder)),
@@ -126,7 +127,18 @@ def ray_simulation(
         *(sys.executable, "-m", "dafne_federated.cli.app", "simulate", str(data), "--quiet"),
         *("--base", str(trained.path), "--run", str(folder / "run"), "--no-local-only"),
         *("--engine", "ray", "--rounds", "2", "--epochs", "3", "--threads", "2"),
-        *("--device", "cpu", "--margin", "0.2", "--max-rank", "8", "--parallel", str(parallel)),
+        *(
+            "--device",
+            "cpu",
+            "--margin",
+            "0.2",
+            "--min-persons",
+            "1",
+            "--max-rank",
+            "8",
+            "--parallel",
+            str(parallel),
+        ),
     ]
     environment = {**os.environ, "TMPDIR": str(scratch)}
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as process:

@@ -1,0 +1,64 @@
+"""How a state compares with its base in the site's validation persons: what the gate decides by.
+
+The Dice of each person stay here; what leaves is how many persons there were, and sums.
+"""
+
+import json
+
+from pydantic import TypeAdapter, ValidationError
+
+from dafne_federated.client.site import Site
+from dafne_federated.core.dataset import open_folder
+from dafne_federated.core.files import sha256, write_atomic
+from dafne_federated.core.metrics import Agreement
+from dafne_federated.core.paired_changes import change_fields, paired_changes
+from dafne_federated.core.plan import AdaptationPlan
+from dafne_federated.core.state import State, initial_state, state_rank
+from dafne_federated.core.versions import software_version
+
+_ROWS = TypeAdapter(list[Agreement])
+
+
+def compared_with_base(
+    site: Site, plan: AdaptationPlan, state: State
+) -> tuple[list[Agreement], dict[str, object]]:
+    """Return the agreement of ``state`` on the validation cases, and the sums that may leave.
+
+    The base is measured once, where it is not ``state`` itself, and kept in the site's cache: so
+    a site can compare whenever it joins.
+    """
+    nothing = not any(value.any() for key, value in state.items() if not key.endswith("/a"))
+    before = None if nothing else _base_rows(site, plan, state_rank(plan, state))
+    rows = site.evaluate(plan, state)
+    persons = {ref.name: ref.person for ref in open_folder(site.settings.data).cases}
+    here = {name: persons[name] for name in site.settings.validation}
+    parts = paired_changes(rows if before is None else before, rows, here)
+    return rows, change_fields(plan.labels, parts)
+
+
+def _base_rows(site: Site, plan: AdaptationPlan, rank: int) -> list[Agreement]:
+    path = site.cache.folder / "base-dice" / f"{_key(site, plan)}.json"
+    try:
+        return _ROWS.validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        rows = site.evaluate(plan, initial_state(plan, 0, rank))
+        write_atomic(path, _ROWS.dump_json(rows), private=True)
+        return rows
+
+
+def _key(site: Site, plan: AdaptationPlan) -> str:
+    """Return a digest of all that the Dice of the base depend on."""
+    settings = site.settings
+    refs = {ref.name: ref for ref in open_folder(settings.data).cases}
+    files = [
+        sha256(path.read_bytes())
+        for name in settings.validation
+        for path in (refs[name].image, refs[name].label)
+        if path is not None
+    ]
+    here = site.data.labels(plan.labels)
+    parts = [
+        *(software_version(), plan.base_digest, settings.classification, site.device().name),
+        *(list(settings.validation), files, here.names, here.missing),
+    ]
+    return sha256(json.dumps(parts, sort_keys=True).encode())

@@ -1,0 +1,166 @@
+"""The acceptance gate: which round is the best, and whether it may be released.
+
+Some validation persons of each site choose the round, the others accept it or not; who is who is
+in ``core/paired_changes.py``. A reference folder of the coordinator's, if there is one, is one more
+place whose persons all accept.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from dafne_federated.core.gate_decision import GateDecision, GateLine
+from dafne_federated.core.paired_changes import Changes, PairedChange, mean_change, together
+from dafne_federated.core.run_folder import RoundLine
+from dafne_federated.core.settings import RunSettings
+
+REFERENCE = "(reference folder)"  # no site can have this name
+
+# With fewer persons an interval says little beside the number of labels and sites that are looked
+# at: with 3 its half width is 1.7 standard deviations, with 5 it is 1.0 (at confidence 0.95).
+INTERVAL_FROM = 5
+
+# Who accepts must not become who chooses: only so many rounds are shown to them.
+_LOOKS = 3
+
+
+def decide(
+    rounds: Sequence[RoundLine],
+    settings: RunSettings,
+    reference: Callable[[int], Changes] | None = None,
+) -> tuple[int | None, GateDecision]:
+    """Return the round to release, or None, and the decision that was taken last.
+
+    The best round by those who choose is shown first to those who accept; if they do not accept
+    it, the next best.
+
+    Args:
+        rounds: All lines; the last one evaluates the final state.
+        settings: Those of the run.
+        reference: Gives the changes in the reference folder with the state after a round.
+    """
+    looked: list[int] = []
+    reasons: list[str] = []
+    decision = GateDecision(accepted=False, reason="", few=True, persons=0, change=None, lines=())
+    for line in _best_first(rounds):
+        number = line.round - 1
+        if missing := _missing(line, rounds):
+            reasons.append(f"round {number}: {missing}")
+            continue
+        looked.append(number)
+        changes = {name: site.accept for name, site in sorted(line.sites.items())}
+        decision = accept(changes, settings)
+        if reference is not None and (decision.accepted or decision.few):
+            decision = accept(changes | {REFERENCE: reference(number)}, settings)
+        if decision.accepted:
+            return number, decision.model_copy(update={"looked_at": tuple(looked)})
+        reasons.append(f"round {number}: {decision.reason}")
+        if decision.few or len(looked) == _LOOKS:
+            break
+    reason = "; ".join(reasons) or "no round was judged"
+    return None, decision.model_copy(update={"reason": reason, "looked_at": tuple(looked)})
+
+
+def accept(changes: Mapping[str, Changes], settings: RunSettings) -> GateDecision:
+    """Decide whether a state may be released.
+
+    It may if the mean Dice rises and no label falls by more than ``margin``, neither at a site
+    nor over all of them. From 5 persons on a label falls where the lower end of the interval of
+    its paired differences is below the margin, so that a fall that large is excluded with the
+    settings' confidence; with fewer, where their mean is.
+
+    Args:
+        changes: In the persons who accept, by site and label.
+        settings: Margin, confidence and the least number of persons of the run.
+    """
+    lines, persons = _lines(changes, settings), _persons(changes)
+    change, few = mean_change({n: c for n, c in changes.items() if c}), False
+    falls = [line for line in lines if line.falls]
+    falls.sort(key=lambda line: not line.site)  # where it is comes before that it is
+    if persons < settings.min_persons or change is None:
+        few = True
+        reason = (
+            f"too few validation persons to decide: expected min-persons {settings.min_persons} "
+            f"who accept, got {persons}; a reference folder can decide"
+        )
+    elif falls:
+        reason = _fall(falls[0], settings)
+        if len(falls) > 1:
+            reason += f", and {len(falls) - 1} more"
+    elif change <= 0:
+        reason = f"the mean Dice of those who accept does not rise ({change:+.3f})"
+    else:
+        reason = ""
+    return GateDecision(
+        accepted=not reason,
+        reason=reason,
+        few=few,
+        persons=persons,
+        change=change,
+        lines=tuple(lines),
+    )
+
+
+def _best_first(rounds: Sequence[RoundLine]) -> list[RoundLine]:
+    """Return the lines that measured a whole state, the best by those who choose first.
+
+    Where nobody chooses, the last state is the first to be looked at.
+    """
+    whole = [line for line in rounds[1:] if line.whole]  # else some sites measured a cut of it
+    gains = {
+        line.round: mean_change({n: s.choose for n, s in line.sites.items() if s.choose})
+        for line in whole
+    }
+    if all(gain is None for gain in gains.values()):
+        return whole[::-1]
+    return sorted(whole, key=lambda line: (-(gains[line.round] or 0.0), line.round))
+
+
+def _missing(line: RoundLine, rounds: Sequence[RoundLine]) -> str:
+    """Return what those who accept measured in another round only, in words; or nothing."""
+    for other in rounds:
+        for name, site in sorted(other.sites.items()):
+            here = line.sites[name].accept if name in line.sites else {}
+            for label in sorted(site.accept.keys() - here.keys()):
+                return (
+                    f"{label} of {name} was measured in round {other.round} but not of this state"
+                )
+    return ""
+
+
+def _lines(changes: Mapping[str, Changes], settings: RunSettings) -> list[GateLine]:
+    labels = sorted({label for own in changes.values() for label in own})
+    cells = [
+        ("", label, together(own[label] for own in changes.values() if label in own))
+        for label in labels
+    ]
+    for site, own in sorted(changes.items()):
+        cells += [(site, label, own[label]) for label in sorted(own)]
+    return [_line(site, label, cell, settings) for site, label, cell in cells]
+
+
+def _line(site: str, label: str, cell: PairedChange, settings: RunSettings) -> GateLine:
+    lower = cell.lower(settings.confidence) if cell.persons >= INTERVAL_FROM else None
+    worst = cell.mean if lower is None else lower
+    return GateLine(
+        site=site,
+        label=label,
+        persons=cell.persons,
+        change=cell.mean,
+        lower=lower,
+        falls=worst < -settings.margin,
+    )
+
+
+def _persons(changes: Mapping[str, Changes]) -> int:
+    """Return how many accept; a site says by label how many of its persons have it."""
+    return sum(max((c.persons for c in own.values()), default=0) for own in changes.values())
+
+
+def _fall(line: GateLine, settings: RunSettings) -> str:
+    where = f"{line.label} of {line.site}" if line.site else f"{line.label} over all sites"
+    who = f"{line.persons} person{'s' if line.persons > 1 else ''}"
+    if line.lower is None:
+        return f"{where} falls by {-line.change:.3f} ({who})"
+    return (
+        f"{where} may fall by more than {settings.margin:g} ({line.change:+.3f} on average in "
+        f"{who}, not less than {line.lower:+.3f} with confidence {settings.confidence:g})"
+    )

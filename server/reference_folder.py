@@ -1,0 +1,62 @@
+"""The coordinator's own images, which the gate looks at beside what the sites measure.
+
+Measuring runs the base in this process, so it must be approved on this machine. TensorFlow is
+imported only here, and only where a run names such a folder.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from dafne_federated.core.approvals import Approvals
+from dafne_federated.core.dataset import load_case, open_folder
+from dafne_federated.core.metrics import Agreement
+from dafne_federated.core.model_file import parse_model
+from dafne_federated.core.paired_changes import Changes, paired_changes
+from dafne_federated.core.run_folder import RunFolder
+from dafne_federated.core.state import State, initial_state, state_rank
+
+
+def reference_changes(folder: RunFolder) -> Callable[[int], Changes]:
+    """Return what measures the state after a round in the reference folder, by label.
+
+    Its masks must have the names of the model's labels; all of its persons accept.
+    """
+    kept: dict[int, Changes] = {}
+
+    def after(number: int) -> Changes:
+        if number not in kept:
+            kept[number] = _measure(folder, folder.state_after(number))
+        return kept[number]
+
+    return after
+
+
+def _measure(folder: RunFolder, state: State) -> Changes:
+    """Return how the Dice of each label changes from the base to ``state``.
+
+    Raises:
+        ApprovalError: The base is not approved on this machine.
+        DataError: The folder or a case in it cannot be read.
+    """
+    from dafne_federated.core.adapters import AdaptedNetwork
+    from dafne_federated.core.backend import prepare_backend
+    from dafne_federated.core.evaluation import evaluate_case
+    from dafne_federated.core.model_runtime import RunningModel
+
+    settings, plan = folder.info().settings, folder.plan()
+    prepare_backend(settings.threads, settings.device)
+    model = RunningModel(parse_model(folder.base_bytes()), Approvals())
+    rank = state_rank(plan, state)
+    adapted = AdaptedNetwork(model.network, plan, rank)
+    images = open_folder(Path(settings.reference))
+    rows: list[list[Agreement]] = []
+    for measured in (initial_state(plan, 0, rank), state):
+        adapted.write(measured)
+        found: list[Agreement] = []
+        for ref in images.cases:
+            case = load_case(ref, images.labels)
+            found += evaluate_case(model, case, adapted.predict, distances=False)
+        rows.append(found)
+    persons = {ref.name: ref.person for ref in images.cases}
+    _, accepts = paired_changes(rows[0], rows[1], persons, frozenset(persons.values()))
+    return accepts
