@@ -16,7 +16,7 @@ from dafne_federated.client.site import Site, dice_by_label
 from dafne_federated.client.site_settings import site_of
 from dafne_federated.core.errors import ApprovalError, MessageError, StateError
 from dafne_federated.core.files import sha256
-from dafne_federated.core.local_part import global_part, silenced
+from dafne_federated.core.local_part import global_part, silenced, with_local
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.privacy_accountant import UNIT
 from dafne_federated.core.state import without_factors
@@ -162,6 +162,8 @@ def _round(message: Message, context: Context, train: bool) -> Message:
             "device": site.device().name,
             "missing": list(_told_missing(site, plan)) or None,
         }
+        if request.first:
+            fields |= _first_measured(site, plan, request, message.content)
         if not train:
             return _round_reply(request, site, "ok", "", fields).to_record()
         fields["training_cases"] = len(site.settings.training)
@@ -203,6 +205,19 @@ def _round(message: Message, context: Context, train: bool) -> Message:
         return _round_reply(request, site, "ok", "", fields).to_record(arrays)
 
     return _answer(message, context, act, respond)
+
+
+def _first_measured(
+    site: Site, plan: AdaptationPlan, request: RoundRequest, content: RecordDict
+) -> dict[str, object]:
+    """Measure the state that the run started from; at the rank of the other one, if it can be."""
+    arrays = content.array_records
+    first = take_state(
+        RecordDict({"arrays": arrays["first"]} if "first" in arrays else {}), plan, request.wire
+    )
+    common = silenced(with_local(first, None, request.local_rank, 0), request.local_rank)
+    dice, counts = dice_by_label(plan, site.evaluate(plan, common))
+    return {"first_dice": dice, "first_dice_cases": counts}
 
 
 def _told_missing(site: Site, plan: AdaptationPlan) -> tuple[int, ...]:

@@ -79,6 +79,7 @@ class SiteRound(BaseModel):
         bytes_up: Bytes of records it sent.
         dice: Dice of the state that it received, per label; None where not measured.
         dice_cases: Validation cases behind each Dice.
+        first_dice: Dice of the state that the run started from, where it was measured with it.
         device: What it ran on.
         update_norm: How far its update moves the base; see ``strategies/outliers.py``.
         share: How much of its weight a robust rule or the cap left; 0 if it was left out.
@@ -102,6 +103,7 @@ class SiteRound(BaseModel):
     bytes_up: int = 0
     dice: dict[str, float | None] = Field(default_factory=dict)
     dice_cases: dict[str, int] = Field(default_factory=dict)
+    first_dice: dict[str, float | None] = Field(default_factory=dict)
     device: str = ""
     update_norm: float = 0.0
     share: float = 1.0

@@ -160,6 +160,8 @@ class RoundRequest(WireMessage):
         optimiser: Whether the site keeps its optimiser from round to round.
         proximal: How strongly it holds to the state that comes along; see ``core/proximal.py``.
         local_rank: Rank of what each site adds for itself; see ``core/local_part.py``.
+        first: Whether the state that the run started from comes along, too, as arrays ``first``:
+            the site never said how good that is, and is to measure it as well.
     """
 
     protocol: Literal[1] = 1
@@ -182,6 +184,7 @@ class RoundRequest(WireMessage):
     noise: float | None = Field(default=None, ge=LEAST_NOISE, le=1000)
     clip: float | None = Field(default=None, gt=0, le=1e6)
     person_rate: float | None = Field(default=None, ge=LEAST_RATE, le=1)
+    first: bool = False
 
     @model_validator(mode="after")
     def _whole_mechanism(self) -> Self:
@@ -270,6 +273,8 @@ class RoundReply(WireMessage):
         evaluation_seconds: Wall time of evaluating the received state.
         dice: Dice of the received state on the site's validation cases, per label of the plan.
         dice_cases: In how many cases each label could be measured; 0 makes its Dice void.
+        first_dice: Dice of the state that the run started from, where that was asked for.
+        first_dice_cases: In how many cases each of these.
         unit: Whom the noise hides, where the round asked for it.
         epsilon: What this run cost each of them so far, an upper bound; see ``PRIVACY.md``.
         delta: Of that epsilon.
@@ -281,7 +286,7 @@ class RoundReply(WireMessage):
 
     metrics: ClassVar[frozenset[str]] = frozenset(
         {"training-cases", "training-slices", "loss", "seconds", "evaluation-seconds", "dice"}
-    ) | {"dice-cases", "epsilon", "delta", "steps"}
+    ) | {"dice-cases", "first-dice", "first-dice-cases", "epsilon", "delta", "steps"}
 
     protocol: Literal[1] = 1
     run: str = Field(pattern=r"^[0-9a-f]{32}$")
@@ -299,6 +304,8 @@ class RoundReply(WireMessage):
     evaluation_seconds: float = Field(default=0.0, ge=0)
     dice: list[Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=list)
     dice_cases: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+    first_dice: list[Annotated[float, Field(ge=0, le=1)]] | None = None
+    first_dice_cases: list[Annotated[int, Field(ge=0)]] | None = None
     unit: Literal["person"] | None = None
     epsilon: float | None = Field(default=None, ge=0)
     delta: float | None = Field(default=None, gt=0, lt=1)

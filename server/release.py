@@ -164,12 +164,19 @@ def base_scores(folder: RunFolder) -> Scores:
     """Return the Dice of the base by site and label.
 
     They are those of the first round, unless the sites received pooled statistics in it: then
-    they measured the base before.
+    they measured the base before. A site that gave none there, because it was silent or came
+    later, was asked for them beside those of a later round.
     """
-    pooled = folder.pooled()
-    if pooled is None or not pooled.moments:
-        return scores(folder.rounds()[0])
-    return {name: site.dice for name, site in sorted(pooled.sites.items()) if site.dice}
+    pooled, rounds = folder.pooled(), folder.rounds()
+    if pooled is not None and pooled.moments:
+        found = {name: site.dice for name, site in pooled.sites.items() if site.dice}
+    else:
+        found = scores(rounds[0]) if rounds else {}
+    for line in rounds:
+        for name, site in line.sites.items():
+            if site.first_dice:
+                found.setdefault(name, site.first_dice)
+    return dict(sorted(found.items()))
 
 
 def scores(line: RoundLine) -> Scores:

@@ -81,6 +81,10 @@ def judge(
         if len(reply.dice) != len(reply.dice_cases) or len(reply.dice) not in (0, len(plan.labels)):
             msg = f"dice: expected {len(plan.labels)} labels, got {len(reply.dice)}"
             raise StateError(msg)
+        first = (len(reply.first_dice or ()), len(reply.first_dice_cases or ()))
+        if first != (2 * (len(plan.labels) if request.first else 0,)):
+            msg = f"dice of the first state: expected {'those' if request.first else 'none'}, got"
+            raise StateError(f"{msg} {first[0]}")
         missing = check_missing(plan, reply.missing or ())
         checked = reply
         if request.epochs == 0:

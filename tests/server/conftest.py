@@ -116,6 +116,7 @@ class PretendSite:
         }
         new = without_factors(new, request.rule.absent)
         level = min(0.5 + 0.05 * request.round, 1.0)
+        first = self.first(message) if request.first else None
         reply = RoundReply(
             run=request.run,
             round=request.round,
@@ -126,10 +127,19 @@ class PretendSite:
             training_cases=3 if request.epochs else 0,
             dice=[level] * len(self.plan.labels),
             dice_cases=[1] * len(self.plan.labels),
+            first_dice=first,
+            first_dice_cases=first and [1] * len(first),
         )
         return reply.to_record(
             state_record(self.plan, new, request.wire) if request.epochs else None
         )
+
+    def first(self, message: Message) -> list[float]:
+        """Measure the state that a run started from; this one must change nothing."""
+        arrays = RecordDict({"arrays": message.content.array_records["first"]})
+        first = take_state(arrays, self.plan)
+        assert not any(v.any() for k, v in first.items() if not k.endswith("/a"))
+        return [0.55] * len(self.plan.labels)
 
 
 class SharingSite(PretendSite):

@@ -1,0 +1,124 @@
+"""What each site is asked in a round: to train, or to measure only, from a state of its rank.
+
+A release is held back while a site measures states and never measured the one that the run
+started from. So a site that was silent then, or that came later, gets that one beside the state
+of the round, in one message, until it has said how good it is. Who did stands in the lines of the
+rounds, so a run that goes on asks the same.
+"""
+
+import zlib
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from dafne_federated.core.files import arrays_digest
+from dafne_federated.core.rank_cut import Cut, Cuts, at_rank, site_ranks
+from dafne_federated.core.state import State, state_rank
+from dafne_federated.core.strategy_table import STRATEGY_TABLE, round_rule
+from dafne_federated.core.wire import RoundRequest
+from dafne_federated.core.wire_arrays import rounded, state_record
+from dafne_federated.server.federation import Federation
+from dafne_federated.server.questions import Ask
+from dafne_federated.server.release import base_scores
+from dafne_federated.server.sampling import sampled
+
+
+@dataclass(frozen=True)
+class RoundAsks:
+    """All questions of one round.
+
+    Attributes:
+        by_site: What each site is asked.
+        training: Sites that are asked for an update.
+        trains: Whether the round is one of training.
+        whole: Whether every site gets the whole state.
+    """
+
+    by_site: dict[str, Ask]
+    training: frozenset[str]
+    trains: bool
+    whole: bool
+
+
+def round_asks(run: Federation, number: int, state: State) -> RoundAsks:
+    """Return what the sites are asked in round ``number``, which starts from ``state``.
+
+    The round after the last one of training only measures.
+    """
+    settings, trains = run.settings, number <= run.settings.rounds
+    candidates = sorted(run.members.nodes) if trains else []
+    training = frozenset(sampled(candidates, settings.sites_per_round, settings.seed, number))
+    cuts = _cuts(run, number, state, training)
+    asks = _asks(run, _request(run, number, trains), cuts, training, _without_first(run, state))
+    return RoundAsks(asks, training, trains, cuts.whole)
+
+
+def _request(run: Federation, number: int, trains: bool) -> RoundRequest:
+    settings, classes = run.settings, run.classes
+    rule, mechanism = round_rule(settings.strategy, number), settings.mechanism
+    return RoundRequest(
+        run=run.info.run,
+        round=number,
+        base_digest=run.info.base_digest,
+        plan_digest=run.info.plan_digest,
+        epochs=settings.epochs if trains else 0,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate_in(number),
+        seed=settings.seed,
+        trained=rule.trained,
+        sent=rule.sent,
+        wire=settings.wire,
+        class_pixels=list(classes.pixels) if classes and trains else None,
+        class_slices=list(classes.slices) if classes and trains else None,
+        noise=mechanism.noise if mechanism and trains else None,
+        clip=mechanism.clip if mechanism and trains else None,
+        person_rate=mechanism.rate if mechanism and trains else None,
+        optimiser=settings.optimiser,
+        proximal=settings.proximal,
+        local_rank=settings.local_rank if STRATEGY_TABLE[settings.strategy].local else 0,
+    )
+
+
+def _cuts(run: Federation, number: int, state: State, training: Collection[str]) -> Cuts:
+    """Cut the state to the rank of each site that trains; others measure the state itself."""
+    settings, plan = run.settings, run.plan
+    rules, rank = STRATEGY_TABLE[settings.strategy], state_rank(plan, state)
+    ranks = dict.fromkeys(run.members.nodes, rank)
+    if not rules.ranks or not training:
+        return Cuts(ranks, {rank: Cut(state, {})})
+    chosen = {site: run.members.ranks[site] for site in sorted(training)}
+    ranks |= site_ranks(plan, state, chosen, rules.grows)
+    seed = zlib.crc32(f"{settings.seed}/new directions/{number}".encode())
+    cuts = {rank: at_rank(plan, state, rank, seed) for rank in sorted(set(ranks.values()))}
+    wire = settings.wire
+    return Cuts(ranks, {r: Cut(rounded(plan, c.state, wire), c.rest) for r, c in cuts.items()})
+
+
+def _without_first(run: Federation, state: State) -> frozenset[str]:
+    """Return the sites that must measure the first state, too, because they never did."""
+    gated = run.settings.gate != "none" and STRATEGY_TABLE[run.settings.strategy].common
+    if not gated or arrays_digest(state) == arrays_digest(run.first):
+        return frozenset()
+    return frozenset(run.members.nodes.keys() - base_scores(run.folder).keys())
+
+
+def _asks(
+    run: Federation,
+    request: RoundRequest,
+    cuts: Cuts,
+    training: Collection[str],
+    without_first: Collection[str],
+) -> dict[str, Ask]:
+    """Return the messages; sites that are asked the same at one rank get the same one."""
+    measuring = request.model_copy(update={"epochs": 0, "class_pixels": None, "class_slices": None})
+    wire, first = request.wire, {}
+    arrays = {r: state_record(run.plan, cut.state, wire) for r, cut in cuts.by_rank.items()}
+    if without_first:
+        first = {"first": state_record(run.plan, run.first, wire)}
+    kinds = {s: (r, s in training, s in without_first) for s, r in cuts.ranks.items()}
+    made: dict[tuple[int, bool, bool], Ask] = {}
+    for rank, trains, both in set(kinds.values()):
+        own = (request if trains else measuring).model_copy(update={"first": both})
+        content = own.to_record(arrays[rank])
+        content.update(first if both else {})
+        made[rank, trains, both] = Ask(own, content, cuts.by_rank[rank])
+    return {site: made[kind] for site, kind in kinds.items()}
