@@ -17,6 +17,7 @@ from dafne_federated.client.site_settings import site_of
 from dafne_federated.core.errors import ApprovalError, MessageError, StateError
 from dafne_federated.core.files import sha256
 from dafne_federated.core.local_part import global_part, silenced, with_local
+from dafne_federated.core.news import NewsReply, NewsRequest
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.privacy_accountant import UNIT
 from dafne_federated.core.state import without_factors
@@ -130,6 +131,28 @@ def share_statistics(message: Message, context: Context) -> Message:
     return _answer(message, context, act, lambda *given: respond(*given).to_record())
 
 
+@app.query("news")
+def tell_news(message: Message, context: Context) -> Message:
+    """Say how many training cases are new since a run; nothing is read but settings."""
+
+    def respond(site: Site, status: str, reason: str = "", new_cases: int = 0) -> RecordDict:
+        fields = {
+            "site": site.settings.name,
+            "base_digest": NewsRequest.from_record(message.content).base_digest,
+            "status": status,
+            "reason": reason,
+            "new_cases": new_cases,
+        }
+        return NewsReply.model_validate(fields).to_record()
+
+    def act(site: Site) -> RecordDict:
+        request = NewsRequest.from_record(message.content)
+        site.require_consent(request.base_digest)
+        return respond(site, "ok", new_cases=site.new_cases(request.since))
+
+    return _answer(message, context, act, respond)
+
+
 @app.train("round")
 def train_round(message: Message, context: Context) -> Message:
     """Evaluate the state that came, train from it, and send the new one."""
@@ -197,8 +220,9 @@ def _round(message: Message, context: Context, train: bool) -> Message:
                 "loss": result.loss,
                 "seconds": result.seconds,
             }
+        name = site.settings.name
+        site.cache.keep_trained(request.run, name, site.settings.training)
         if rule.personal or request.local_rank:
-            name = site.settings.name
             site.cache.keep_personal(request.run, name, plan, request.round, state)
         sent = without_factors(global_part(state, request.local_rank), rule.absent)
         arrays = state_record(plan, sent, request.wire)

@@ -121,6 +121,12 @@ class Site:
             msg = f"this site takes part with at least {self.settings.min_cases} training cases"
             raise ApprovalError(msg)
 
+    def new_cases(self, since: str | None) -> int:
+        """Return how many training cases are new since run ``since``, 0 if not yet enough."""
+        before = self.cache.trained(since, self.settings.name) if since else frozenset()
+        new = len(set(self.settings.training) - before)
+        return new if new >= self.settings.least_new_cases else 0
+
     def agreed_plan(self, run: str, digest: str, base_digest: str) -> AdaptationPlan:
         """Return the plan that this site agreed to for a run.
 

@@ -35,6 +35,8 @@ class SiteSettings(BaseModel):
             out of the loss.
         min_cases: The site takes part only with at least so many training cases.
         max_epochs: Longest training in a round that it agrees to.
+        least_new_cases: In a federation that goes on, the site announces new training cases as
+            soon as there are so many since it trained last.
         rank: Rank of its low-rank pairs, within the bound of the plan: less for few cases or a
             slow line, more for many; by default that of the run.
         share_statistics: Whether numbers about all training slices together may leave the site
@@ -73,6 +75,7 @@ class SiteSettings(BaseModel):
     annotated: tuple[str, ...] | None = None
     min_cases: int = Field(default=1, ge=1)
     max_epochs: int = Field(default=1000, ge=1)
+    least_new_cases: int = Field(default=1, ge=1)
     rank: int | None = Field(default=None, ge=1, le=256)
     share_statistics: bool = True
     min_noise: float = Field(default=0.0, ge=0, allow_inf_nan=False)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from dafne_federated.core.state import State
 from dafne_federated.core.strategy_table import COORDINATE_RULES, bad_left
 from dafne_federated.core.wire_arrays import rounded
+from dafne_federated.server.continuation import stand_ins
 from dafne_federated.server.federation import Federation
 from dafne_federated.server.server_optimiser import stepped
 from dafne_federated.server.site_noise import bounded_updates, with_site_noise
@@ -57,6 +58,8 @@ def combined(
         names = {update.site for update in updates}
         shares = {update.site: update.share for update in chosen if update.site in names}
         run.folder.event("weighed", round=number, rule=settings.robust, bad=bad, shares=shares)
+    if run.continued:
+        chosen = [*chosen, *stand_ins(run.continued, plan, run.first, updates)]
     aggregate = STRATEGIES[settings.strategy](plan, chosen)
     count = len(updates)
     mean = with_site_noise(run.folder, settings, plan, number, sent, aggregate.state, count)

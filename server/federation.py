@@ -7,6 +7,7 @@ from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RunFolder, RunInfo
 from dafne_federated.core.settings import RunSettings
 from dafne_federated.core.state import State
+from dafne_federated.server.continuation import Continuation
 from dafne_federated.server.membership import Members
 
 
@@ -21,6 +22,7 @@ class Federation:
         members: The sites.
         joined: The first round after they joined.
         first: The state that the run started from, with which all others are compared.
+        continued: What it takes over from earlier versions, if it is one.
         classes: Counts of the classes at all sites, where they pooled them.
     """
 
@@ -31,6 +33,7 @@ class Federation:
     joined: int
     first: State
     classes: ClassCounts | None = None
+    continued: Continuation | None = None
 
     @property
     def settings(self) -> RunSettings:

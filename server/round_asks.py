@@ -46,6 +46,8 @@ def round_asks(run: Federation, number: int, state: State) -> RoundAsks:
     """
     settings, trains = run.settings, number <= run.settings.rounds
     candidates = sorted(run.members.nodes) if trains else []
+    if run.continued:  # the others have nothing new
+        candidates = [name for name in candidates if name in run.continued.new_cases]
     training = frozenset(sampled(candidates, settings.sites_per_round, settings.seed, number))
     cuts = _cuts(run, number, state, training)
     asks = _asks(run, _request(run, number, trains), cuts, training, _without_first(run, state))

@@ -22,6 +22,7 @@ from dafne_federated.core.strategy_table import round_rule
 from dafne_federated.core.wire_arrays import rounded
 from dafne_federated.server.answers import Answer, receive, with_same_labels, without_outliers
 from dafne_federated.server.combining import Combination, combined
+from dafne_federated.server.continuation import continuation, start_state
 from dafne_federated.server.federation import Federation
 from dafne_federated.server.late_answers import LateAnswer, with_late
 from dafne_federated.server.membership import gather
@@ -47,16 +48,17 @@ def run_rounds(grid: Grid, folder: RunFolder) -> None:
     info, plan = folder.info(), folder.plan()
     done = folder.rounds()
     last = done[-1].round if done else 0
-    state = folder.state_after(last) if done else first_state(info, plan)
+    continued = continuation(folder)
+    first = start_state(folder, continued) if continued else first_state(info, plan)
+    state = folder.state_after(last) if done else first
     if last > info.settings.rounds:
         return
     require_site_noise(folder, info.settings)
     members = gather(grid, folder, info, plan)
-    first = first_state(info, plan)
     pooled = pool_statistics(grid, folder, members, first)
     if not done:
         state = rounded(plan, with_statistics(folder, state, pooled), info.settings.wire)
-    run = Federation(folder, info, plan, members, last + 1, first, pooled.classes)
+    run = Federation(folder, info, plan, members, last + 1, first, pooled.classes, continued)
     questions = Questions(grid)
     for number in range(last + 1, info.settings.rounds + 2):
         line, state = _round(run, questions, state, number)

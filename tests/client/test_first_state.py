@@ -23,7 +23,7 @@ def other(plan: AdaptationPlan) -> State:
     return {k: v + generator.normal(0, 0.5, v.shape).astype("f4") for k, v in state.items()}
 
 
-def ask(site: SiteUnderTest, plan: AdaptationPlan, first: State | None, **changes: Any) -> Any:
+def ask(site: SiteUnderTest, plan: AdaptationPlan, start: State | None, **changes: Any) -> Any:
     request = RoundRequest(
         run="0" * 32,
         round=2,
@@ -36,8 +36,8 @@ def ask(site: SiteUnderTest, plan: AdaptationPlan, first: State | None, **change
         **changes,
     )
     content: RecordDict = request.to_record(state_record(plan, other(plan), request.wire))
-    if first is not None:
-        content["first"] = state_record(plan, first, request.wire)
+    if start is not None:
+        content["first"] = state_record(plan, start, request.wire)
     return RoundReply.from_record(site.ask(content, "evaluate.state"))
 
 

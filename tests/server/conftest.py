@@ -18,6 +18,7 @@ from pydantic import SecretStr
 
 from dafne_federated.core.files import sha256
 from dafne_federated.core.moments import moments
+from dafne_federated.core.news import NewsReply, NewsRequest
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RunFolder, RunInfo
 from dafne_federated.core.settings import RunSettings
@@ -81,6 +82,8 @@ class PretendSite:
         self.received: list[str] = []
         self.rank: int | None = None
         self.ranks: list[int] = []  # of what came
+        self.cases = 3
+        self.trained: dict[str, int] = {}  # with how many cases, by run
 
     def __call__(self, message: Message) -> Any:
         kind = message.metadata.message_type
@@ -90,9 +93,17 @@ class PretendSite:
                 software=software_version(),
                 site=self.name,
                 status="have" if self.has_base else "need",
-                training_cases=3,
+                training_cases=self.cases,
                 validation_cases=1,
                 rank=self.rank,
+            ).to_record()
+        elif kind == "query.news":
+            asked = NewsRequest.from_record(message.content)
+            content = NewsReply(
+                site=self.name,
+                base_digest=asked.base_digest,
+                status="ok",
+                new_cases=self.cases - self.trained.get(asked.since or "", 0),
             ).to_record()
         elif kind == "train.base":
             assert take_bytes(message.content, "base", 100) == BASE
@@ -115,6 +126,8 @@ class PretendSite:
             for step in (np.float32(0.1),)
         }
         new = without_factors(new, request.rule.absent)
+        if request.epochs:
+            self.trained[request.run] = self.cases
         level = min(0.5 + 0.05 * request.round, 1.0)
         first = self.first(message) if request.first else None
         reply = RoundReply(
@@ -124,7 +137,7 @@ class PretendSite:
             base_digest=request.base_digest,
             plan_digest=request.plan_digest,
             status="ok",
-            training_cases=3 if request.epochs else 0,
+            training_cases=self.cases if request.epochs else 0,
             dice=[level] * len(self.plan.labels),
             dice_cases=[1] * len(self.plan.labels),
             first_dice=first,
