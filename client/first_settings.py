@@ -57,6 +57,9 @@ classification = ""
 min-cases = 1
 max-epochs = 100
 
+# In a federation that goes on: so many new training cases since it trained last are announced.
+least-new-cases = 1
+
 # Whether numbers about all training slices together may leave (means and variances of
 # normalisations, pixels by label) where a run asks for them.
 share-statistics = false

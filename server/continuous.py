@@ -20,7 +20,7 @@ sites are gone, is dropped after some looks, and the sites announce their cases 
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from flwr.serverapp import Grid
@@ -36,6 +36,7 @@ from dafne_federated.server.generation import (
     generation_info,
     is_closed,
     last_trained,
+    trained_cases,
     versions,
 )
 from dafne_federated.server.membership import Members, gather
@@ -138,7 +139,7 @@ def _finish(grid: Grid, folder: RunFolder, version: RunFolder) -> None:
     """Run what is left of a version, and release it if it may be."""
     run_rounds(grid, version)
     result = release(version)
-    used = _used(version)
+    used = trained_cases(version)
     folder.event(
         "version finished",
         version=_number(version),
@@ -147,16 +148,6 @@ def _finish(grid: Grid, folder: RunFolder, version: RunFolder) -> None:
         sites=used,
     )
     log.info("version %d: %s", _number(version), result.reason)
-
-
-def _used(version: RunFolder) -> Mapping[str, int]:
-    """Return the training cases of the sites that trained in a version."""
-    return {
-        name: site.training_cases
-        for line in version.rounds()
-        for name, site in line.sites.items()
-        if line.trained and site.training_cases
-    }
 
 
 def _number(version: RunFolder) -> int:

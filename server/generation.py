@@ -118,6 +118,16 @@ def last_trained(folder: RunFolder) -> dict[str, str]:
     }
 
 
+def trained_cases(version: RunFolder) -> dict[str, int]:
+    """Return the training cases of the sites whose updates a version used, by name."""
+    return {
+        name: site.training_cases
+        for line in version.rounds()
+        for name, site in line.sites.items()
+        if line.trained and site.training_cases
+    }
+
+
 def add_version(folder: RunFolder, first: State, new_cases: Mapping[str, int]) -> RunFolder:
     """Make the next version; it is there whole or not at all.
 

@@ -3,18 +3,21 @@
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from flwr.app import Message, RecordDict
 
+from dafne_federated.cli.server_history import history_lines
 from dafne_federated.core.errors import SettingsError
 from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.core.settings import RunSettings
 from dafne_federated.core.state import state_bytes
 from dafne_federated.server.continuation import Absent, Continuation, continuation, staleness
 from dafne_federated.server.continuous import run_generation
+from dafne_federated.server.deployment_folder import ServerFolder
 from dafne_federated.server.generation import (
     GenerationInfo,
     check_continuous,
@@ -265,3 +268,28 @@ def test_what_does_not_go_with_it_is_refused(settings: dict[str, Any], words: st
     check_continuous(RunSettings())
     with pytest.raises(SettingsError, match=words):
         check_continuous(RunSettings.model_validate(settings))
+
+
+def test_the_history_names_every_generation_and_who_trained(
+    generation: Make, tmp_path: Path
+) -> None:
+    coordinator = ServerFolder(tmp_path / "coordinator")
+    coordinator.runs.mkdir(parents=True)
+    folder = generation()
+    run(folder, grid_of(folder), more(a=1, b=1))
+    path = coordinator.runs / "first"
+    folder.path.rename(path)
+    released = RunFolder(path / "versions" / "0002").result()
+    info = RunFolder(path).info()
+    plan = RunFolder(path).plan().model_copy(update={"base_digest": released.release_digest})
+    newer = {"base_digest": released.release_digest, "plan_digest": plan.digest}
+    changes = newer | {"created": info.created + 100}
+    next_path = coordinator.runs / "second"
+    made = RunFolder.create(next_path, info.model_copy(update=changes), plan, b"base")
+    make_generation(made, GenerationInfo())
+    lines = history_lines(coordinator)
+    assert lines[0].startswith("generation 1: first, base Base (")
+    assert "site-a 3, site-b 3, site-c 3; Dice 0.550 to 0.650; released Thigh_" in lines[1]
+    assert "site-a 4, site-b 4; Dice" in lines[2]
+    assert lines[3].startswith("generation 2: second, base version 0002 of first (")
+    assert lines[4:] == ["  no version yet"]
