@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from dafne_federated.cli.server_history import history
 from dafne_federated.cli.server_run import resume, run
 from dafne_federated.cli.server_status import status
 from dafne_federated.core.run_folder import RunFolder
@@ -24,6 +25,7 @@ app = typer.Typer(help="The coordinator of a federation between hospitals.", no_
 app.command("run")(run)
 app.command("resume")(resume)
 app.command("status")(status)
+app.command("history")(history)
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the coordinator.")]
 
 

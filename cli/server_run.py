@@ -20,6 +20,12 @@ from dafne_federated.core.strategy_table import STRATEGY_TABLE
 from dafne_federated.server.deployment_folder import ServerFolder
 from dafne_federated.server.deployment_processes import require_running
 from dafne_federated.server.deployment_runs import Event, is_finished, require_no_other
+from dafne_federated.server.generation import (
+    GenerationInfo,
+    check_continuous,
+    is_generation,
+    make_generation,
+)
 from dafne_federated.server.run_following import follow
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the coordinator.")]
@@ -48,12 +54,20 @@ def run(
     deadline: Annotated[float | None, typer.Option(help="Of a round, seconds. [3600]")] = None,
     wait: Annotated[float | None, typer.Option(help="For the sites, seconds. [300]")] = None,
     seed: Annotated[int | None, typer.Option(help="All randomness follows from it. [1]")] = None,
+    continuous: Annotated[
+        bool, typer.Option("--continuous", help="Go on: a version whenever sites have new cases.")
+    ] = False,
+    ask_every: Annotated[
+        float, typer.Option(help="With continuous: seconds between questions for new cases.")
+    ] = 600.0,
     quiet: Quiet = False,
 ) -> None:
     """Run a federation with the sites that are online; what other settings there are, --settings.
 
     The exit status is 0 only if the run came to its end. A base that a site has not approved
-    goes to that site to be looked at; once it is approved there, resume the run.
+    goes to that site to be looked at; once it is approved there, resume the run. With
+    --continuous it goes on until it is stopped; a new generation is such a run with a release as
+    its --base.
 
     Example: dafne-federated server run coordinator --base Thigh.model --rounds 5
     """
@@ -63,6 +77,8 @@ def run(
         "wait": wait, "seed": seed,
     }  # fmt: skip
     chosen = read_settings(settings, **flags)
+    if continuous:
+        check_continuous(chosen)
     opened = ServerFolder(folder)
     path = opened.run_path(name or f"{datetime.now():%Y%m%d-%H%M%S}")
     require_running(opened)
@@ -82,7 +98,10 @@ def run(
     model = read_model(base)
     plan = make_plan(RunningModel(model, Approvals()), chosen)
     command = shlex.join(["dafne-federated", *sys.argv[1:]])
-    _follow(opened, start_run(path, base, model, plan, chosen, command), quiet)
+    started = start_run(path, base, model, plan, chosen, command)
+    if continuous:
+        make_generation(started, GenerationInfo(every=ask_every))
+    _follow(opened, started, quiet)
 
 
 def resume(folder: Folder, name: Run, quiet: Quiet = False) -> None:
@@ -130,8 +149,9 @@ def _print_result(run: RunFolder) -> None:
 def _progress(run: RunFolder, quiet: bool) -> Iterator[Callable[[Event], None]]:
     from dafne_federated.simulations.progress import Stages
 
+    goes_on = is_generation(run)  # which has no end to show progress towards
     left = run.info().settings.rounds + 1 - len(run.rounds())
-    with Stages(quiet) as stages, stages.stage("Federated rounds", left) as advance:
+    with Stages(quiet or goes_on) as stages, stages.stage("Federated rounds", left) as advance:
 
         def show(event: Event) -> None:
             if line := event_line(run, event):
@@ -152,6 +172,16 @@ def event_line(run: RunFolder, event: Event) -> str:
         return f"round {event['round']}: {event['site']} not used: {event['reason']}"
     if kind == "lost":
         return f"{event['reason']}"
+    if kind == "new cases":
+        found = ", ".join(f"{name} {count}" for name, count in event["sites"].items())
+        return f"new cases: {found or 'none'}"
+    if kind in ("no version", "version dropped"):
+        return f"{kind}: {event.get('reason') or event['version']}"
+    if kind == "version begun":
+        return f"version {event['version']}: {', '.join(event['sites'])} train"
+    if kind == "version finished":
+        word = "released" if event["released"] else "nothing released"
+        return f"version {event['version']}: {word}: {event['reason']}"
     if kind == "round finished":
         return round_line(run.rounds()[int(event["round"]) - 1])
     return ""

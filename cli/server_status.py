@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from dafne_federated.cli.printable import printable
+from dafne_federated.cli.server_history import version_lines
 from dafne_federated.cli.server_run import event_line, round_line
 from dafne_federated.core.errors import RunError
 from dafne_federated.core.run_folder import RunFolder
@@ -16,6 +17,7 @@ from dafne_federated.server.certificates import days_left
 from dafne_federated.server.deployment_folder import ServerFolder
 from dafne_federated.server.deployment_processes import server_health
 from dafne_federated.server.deployment_runs import all_runs, is_finished
+from dafne_federated.server.generation import is_generation
 from dafne_federated.server.registration import registered_sites, site_states
 
 _PAUSE = 5.0  # seconds between two looks
@@ -77,6 +79,11 @@ def _run_lines(folder: ServerFolder) -> list[str]:
         return ["run: none yet"]
     run = next((run for run in runs if run.is_locked()), runs[-1])
     settings, rounds, events = run.info().settings, run.rounds(), list(run.events())
+    if is_generation(run):
+        lines = [
+            f"run: {run.path.name}, {'under way' if run.is_locked() else 'stopped; resume it'}"
+        ]
+        return [*lines, *version_lines(run)[-_SHOWN:]]
     lines = [f"run: {run.path.name}, {_state(run)}; needs {settings.min_sites} sites a round"]
     lines.append(f"  rounds     {min(len(rounds), settings.rounds)} of {settings.rounds}")
     if rounds:

@@ -22,10 +22,11 @@ from dafne_federated.core.handshake import (
     versions_said,
     with_protocol,
 )
-from dafne_federated.core.local_part import global_part, silenced
+from dafne_federated.core.local_part import global_part, silenced, with_local
+from dafne_federated.core.news import NewsReply, NewsRequest
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.privacy_accountant import UNIT
-from dafne_federated.core.state import without_factors
+from dafne_federated.core.state import State, without_factors
 from dafne_federated.core.wire import (
     BaseModelBytes,
     BaseReply,
@@ -145,6 +146,30 @@ def share_statistics(message: Message, context: Context) -> Message:
     return _answer(message, context, act, lambda *given: respond(*given).to_record())
 
 
+@app.query("news")
+def tell_news(message: Message, context: Context) -> Message:
+    """Say how many training cases are new since a run; nothing is read but settings."""
+
+    def respond(
+        site: SiteSettings, status: str, reason: str = "", new_cases: int = 0
+    ) -> RecordDict:
+        fields = {
+            "site": site.settings.name,
+            "base_digest": NewsRequest.from_record(message.content).base_digest,
+            "status": status,
+            "reason": reason,
+            "new_cases": new_cases,
+        }
+        return NewsReply.model_validate(fields).to_record()
+
+    def act(site: Site) -> RecordDict:
+        request = NewsRequest.from_record(message.content)
+        site.require_consent(request.base_digest)
+        return respond(site, "ok", new_cases=site.new_cases(request.since))
+
+    return _answer(message, context, act, respond)
+
+
 @app.train("round")
 def train_round(message: Message, context: Context) -> Message:
     """Evaluate the state that came, train from it, and send the new one."""
@@ -163,7 +188,7 @@ def _round(message: Message, context: Context, train: bool) -> Message:
         return _round_reply(request, settings, status, reason, {}).to_record()
 
     def act(site: "Site") -> RecordDict:
-        from dafne_federated.client.gate_evidence import compared_with_base
+        from dafne_federated.client.gate_evidence import compared_with_start
         from dafne_federated.client.limits import require_epochs
         from dafne_federated.client.private_round import require_noise, train_privately
         from dafne_federated.client.site import dice_by_label
@@ -178,7 +203,8 @@ def _round(message: Message, context: Context, train: bool) -> Message:
         rows: list[Agreement] = []
         change: dict[str, object] = {}
         if site.settings.share_dice:
-            rows, change = compared_with_base(site, plan, common)
+            first = _first(plan, request, message.content)
+            rows, change = compared_with_start(site, plan, common, first)
         dice, counts = dice_by_label(plan, rows)
         fields: dict[str, object] = {
             **change,
@@ -221,14 +247,25 @@ def _round(message: Message, context: Context, train: bool) -> Message:
                 "loss": result.loss if site.settings.share_loss else None,
                 "seconds": result.seconds,
             }
+        name = site.settings.name
+        site.cache.keep_trained(request.run, name, site.settings.training)
         if rule.personal or request.local_rank:
-            name = site.settings.name
             site.cache.keep_personal(request.run, name, plan, request.round, state)
         sent = without_factors(global_part(state, request.local_rank), rule.absent)
         arrays = state_record(plan, sent, request.wire)
         return _round_reply(request, site.settings, "ok", "", fields).to_record(arrays)
 
     return _answer(message, context, act, respond)
+
+
+def _first(plan: AdaptationPlan, request: RoundRequest, content: RecordDict) -> State | None:
+    """Return the state that the run started from, as it is measured, if it came along."""
+    if not request.first:
+        return None
+    arrays = content.array_records
+    alone = RecordDict({"arrays": arrays["first"]} if "first" in arrays else {})
+    first = take_state(alone, plan, request.wire)
+    return silenced(with_local(first, None, request.local_rank, 0), request.local_rank)
 
 
 def _told_missing(site: "Site", plan: AdaptationPlan) -> tuple[int, ...]:

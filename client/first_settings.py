@@ -59,6 +59,9 @@ min-cases = 1
 max-epochs = 100
 # max-seconds = 3600
 
+# In a federation that goes on: so many new training cases since it trained last are announced.
+least-new-cases = 1
+
 # Methods by which it trains ('dafne-federated methods' lists them); by default all.
 # methods = ["lora", "norm", "bias"]
 

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dafne_federated.client.site import Site
 from dafne_federated.core.dataset import open_folder
-from dafne_federated.core.files import sha256, write_atomic
+from dafne_federated.core.files import arrays_digest, sha256, write_atomic
 from dafne_federated.core.metrics import Agreement
 from dafne_federated.core.paired_changes import change_fields, paired_changes
 from dafne_federated.core.plan import AdaptationPlan
@@ -19,16 +19,21 @@ from dafne_federated.core.versions import software_version
 _ROWS = TypeAdapter(list[Agreement])
 
 
-def compared_with_base(
-    site: Site, plan: AdaptationPlan, state: State
+def compared_with_start(
+    site: Site, plan: AdaptationPlan, state: State, first: State | None = None
 ) -> tuple[list[Agreement], dict[str, object]]:
     """Return the agreement of ``state`` on the validation cases, and the sums that may leave.
 
-    The base is measured once, where it is not ``state`` itself, and kept in the site's cache: so
-    a site can compare whenever it joins.
+    What is compared with is measured once, where it is not ``state`` itself, and kept in the
+    site's cache: so a site can compare whenever it joins.
+
+    Args:
+        site: The site.
+        plan: The plan of ``state``.
+        state: What is measured.
+        first: The state that the run started from; by default the base, unchanged.
     """
-    nothing = not any(value.any() for key, value in state.items() if not key.endswith("/a"))
-    before = None if nothing else _base_rows(site, plan, state_rank(plan, state))
+    before = _before(site, plan, state, first)
     rows = site.evaluate(plan, state)
     persons = {ref.name: ref.person for ref in open_folder(site.settings.data).cases}
     here = {name: persons[name] for name in site.settings.validation}
@@ -36,18 +41,27 @@ def compared_with_base(
     return rows, change_fields(plan.labels, parts)
 
 
-def _base_rows(site: Site, plan: AdaptationPlan, rank: int) -> list[Agreement]:
-    path = site.cache.folder / "base-dice" / f"{_key(site, plan)}.json"
+def _before(
+    site: Site, plan: AdaptationPlan, state: State, first: State | None
+) -> list[Agreement] | None:
+    """Return the agreement of what is compared with; None if that is ``state`` itself."""
+    if first is None:
+        first, digest = initial_state(plan, 0, state_rank(plan, state)), "base"
+        if not any(value.any() for key, value in state.items() if not key.endswith("/a")):
+            return None
+    elif (digest := arrays_digest(first)) == arrays_digest(state):
+        return None
+    path = site.cache.folder / "base-dice" / f"{_key(site, plan, digest)}.json"
     try:
         return _ROWS.validate_json(path.read_bytes())
     except (OSError, ValidationError):
-        rows = site.evaluate(plan, initial_state(plan, 0, rank))
+        rows = site.evaluate(plan, first)
         write_atomic(path, _ROWS.dump_json(rows), private=True)
         return rows
 
 
-def _key(site: Site, plan: AdaptationPlan) -> str:
-    """Return a digest of all that the Dice of the base depend on."""
+def _key(site: Site, plan: AdaptationPlan, first: str) -> str:
+    """Return a digest of all that the Dice of what is compared with depend on."""
     settings = site.settings
     refs = {ref.name: ref for ref in open_folder(settings.data).cases}
     files = [
@@ -58,7 +72,7 @@ def _key(site: Site, plan: AdaptationPlan) -> str:
     ]
     here = site.data.labels(plan.labels)
     parts = [
-        *(software_version(), plan.base_digest, settings.classification, site.device().name),
+        *(software_version(), plan.base_digest, first, settings.classification, site.device().name),
         *(list(settings.validation), files, here.names, here.missing),
     ]
     return sha256(json.dumps(parts, sort_keys=True).encode())

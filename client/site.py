@@ -123,6 +123,12 @@ class Site:
             raise ApprovalError(msg)
         require_cases(self.settings)
 
+    def new_cases(self, since: str | None) -> int:
+        """Return how many training cases are new since run ``since``, 0 if not yet enough."""
+        before = self.cache.trained(since, self.settings.name) if since else frozenset()
+        new = len(set(self.settings.training) - before)
+        return new if new >= self.settings.least_new_cases else 0
+
     def agreed_plan(self, run: str, digest: str, base_digest: str) -> AdaptationPlan:
         """Return the plan that this site agreed to for a run.
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,17 @@ class SiteCache:
         folder = self._personal_folder(run, site, plan)
         save_state(folder / f"round-{number:04d}.npz", plan, state)
 
+    def keep_trained(self, run: str, site: str, cases: Iterable[str]) -> None:
+        """Keep which cases a site trained on last in a run; their names never leave it."""
+        write_atomic(self._trained(run, site), json.dumps(sorted(cases)).encode(), private=True)
+
+    def trained(self, run: str, site: str) -> frozenset[str]:
+        """Return which cases a site trained on last in a run; none if that is not known."""
+        try:
+            return frozenset(json.loads(self._trained(run, site).read_bytes()))
+        except (OSError, ValueError):
+            return frozenset()
+
     def optimiser(
         self, run: str, site: str, plan: AdaptationPlan, trained: Factors
     ) -> OptimiserFiles:
@@ -136,6 +148,9 @@ class SiteCache:
     def _plan(self, run: str, digest: str) -> Path:
         # What an update of the software changes is to be agreed to anew.
         return self.folder / "plans" / f"{run}-{digest}-{fingerprint()}.json"
+
+    def _trained(self, run: str, site: str) -> Path:
+        return self.folder / "trained" / f"{run}-{site}.json"
 
     def _personal_folder(self, run: str, site: str, plan: AdaptationPlan) -> Path:
         return self.folder / "personal" / f"{run}-{plan.digest[:16]}" / site

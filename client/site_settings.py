@@ -44,6 +44,8 @@ class SiteSettings(BaseModel):
             depends on how fast a machine is. A round that hides persons, once it has been paid
             for with epsilon, is finished.
         methods: Methods by which it trains, by the names of the table; by default all.
+        least_new_cases: In a federation that goes on, the site announces new training cases as
+            soon as there are so many since it trained last.
         rank: Rank of its low-rank pairs, within the bound of the plan: less for few cases or a
             slow line, more for many; by default that of the run.
         share_statistics: Whether numbers about all training slices together may leave the site
@@ -89,6 +91,7 @@ class SiteSettings(BaseModel):
     max_epochs: int = Field(default=1000, ge=1)
     max_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     methods: tuple[str, ...] | None = None
+    least_new_cases: int = Field(default=1, ge=1)
     rank: int | None = Field(default=None, ge=1, le=256)
     share_statistics: bool = True
     share_dice: bool = True

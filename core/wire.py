@@ -171,6 +171,8 @@ class RoundRequest(WireMessage):
         optimiser: Whether the site keeps its optimiser from round to round.
         proximal: How strongly it holds to the state that comes along; see ``core/proximal.py``.
         local_rank: Rank of what each site adds for itself; see ``core/local_part.py``.
+        first: Whether the state that the run started from comes along, too, as arrays ``first``,
+            for the site to compare with in place of the base.
     """
 
     protocol: Literal[1] = 1
@@ -193,6 +195,7 @@ class RoundRequest(WireMessage):
     noise: float | None = Field(default=None, ge=LEAST_NOISE, le=1000)
     clip: float | None = Field(default=None, gt=0, le=1e6)
     person_rate: float | None = Field(default=None, ge=LEAST_RATE, le=1)
+    first: bool = False
 
     @model_validator(mode="after")
     def _whole_mechanism(self) -> Self:
@@ -282,7 +285,8 @@ class RoundReply(WireMessage):
         dice: Dice of the received state on the site's validation cases, per label of the plan.
         dice_cases: In how many cases each label could be measured; 0 makes its Dice void.
         change_persons: In how many validation persons the Dice could be compared with that of the
-            base: for each label in those who choose a round, then in those who accept it.
+            base, or of ``first``: for each label in those who choose a round, then in those who
+            accept it.
         change_total: Sum of these persons' differences; see ``core/paired_changes.py``.
         change_squares: Sum of their squares.
         unit: Whom the noise hides, where the round asked for it.

@@ -199,7 +199,8 @@ def base_scores(folder: RunFolder) -> Scores:
     """Return the Dice of the base by site and label.
 
     They are those of the first round, unless the sites received pooled statistics in it: then
-    they measured the base before.
+    they measured the base before. A site that came later is not among them; the gate judges by
+    its own comparison.
     """
     pooled = folder.pooled()
     if pooled is None or not pooled.moments:

@@ -19,6 +19,7 @@ from pydantic import SecretStr
 from dafne_federated.core.files import sha256
 from dafne_federated.core.handshake import own_versions
 from dafne_federated.core.moments import moments
+from dafne_federated.core.news import NewsReply, NewsRequest
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RunFolder, RunInfo
 from dafne_federated.core.settings import RunSettings
@@ -93,6 +94,8 @@ class PretendSite:
         self.base_dice = 0.55
         self.rank: int | None = None
         self.ranks: list[int] = []  # of what came
+        self.cases = 3
+        self.trained: dict[str, int] = {}  # with how many cases, by run
 
     def __call__(self, message: Message) -> Any:
         kind = message.metadata.message_type
@@ -102,9 +105,17 @@ class PretendSite:
                 **own_versions(),
                 site=self.name,
                 status="have" if self.has_base else "need",
-                training_cases=3,
+                training_cases=self.cases,
                 validation_cases=1,
                 rank=self.rank,
+            ).to_record()
+        elif kind == "query.news":
+            asked = NewsRequest.from_record(message.content)
+            content = NewsReply(
+                site=self.name,
+                base_digest=asked.base_digest,
+                status="ok",
+                new_cases=self.cases - self.trained.get(asked.since or "", 0),
             ).to_record()
         elif kind == "train.base":
             assert take_bytes(message.content, "base", 100) == BASE
@@ -127,7 +138,10 @@ class PretendSite:
             for step in (np.float32(0.1),)
         }
         new = without_factors(new, request.rule.absent)
+        if request.epochs:
+            self.trained[request.run] = self.cases
         level = min(0.5 + 0.05 * request.round, 1.0)
+        base = self.first(message) if request.first else self.base_dice
         reply = RoundReply(
             run=request.run,
             round=request.round,
@@ -135,14 +149,20 @@ class PretendSite:
             base_digest=request.base_digest,
             plan_digest=request.plan_digest,
             status="ok",
-            training_cases=3 if request.epochs else 0,
+            training_cases=self.cases if request.epochs else 0,
             dice=[level] * len(self.plan.labels),
             dice_cases=[1] * len(self.plan.labels),
-            **changed(self.plan, level - self.base_dice),
+            **changed(self.plan, level - base),
         )
         return reply.to_record(
             state_record(self.plan, new, request.wire) if request.epochs else None
         )
+
+    def first(self, message: Message) -> float:
+        """Measure the state that a run started from."""
+        arrays = RecordDict({"arrays": message.content.array_records["first"]})
+        take_state(arrays, self.plan)
+        return self.base_dice
 
 
 class SharingSite(PretendSite):

@@ -1,4 +1,4 @@
-"""A site takes part under the name that it was registered with, and under no other."""
+"""A site takes part under its registered name, and who declines is left out with the reason."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
+from dafne_federated.core.errors import RunError
+from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.server import exchange
 from dafne_federated.server.rounds import run_rounds
 
@@ -101,3 +103,54 @@ def test_a_site_with_other_versions_is_declined_in_words(new_run: Make, make_gri
     )
     assert "TensorFlow not said at this site" in reason
     assert reason.endswith("install those of the coordinator at this site")
+
+
+def test_too_few_sites_end_the_run_with_the_number(new_run: Make, make_grid: Make) -> None:
+    folder = new_run(min_sites=4)
+    with pytest.raises(RunError, match="expected at least 4 sites, got 3"):
+        run_rounds(make_grid(folder), folder)
+
+
+def test_sites_that_decline_are_left_out_with_their_reason(new_run: Make, make_grid: Make) -> None:
+    folder = new_run()
+    grid = make_grid(folder)
+
+    def decline(message: Message, content: RecordDict) -> RecordDict:
+        if message.metadata.message_type == "query.offer":
+            content.config_records["message"]["status"] = "refused"
+            content.config_records["message"]["reason"] = "the base is not approved at this site"
+        return content
+
+    list(grid.sites.values())[2].change = decline
+    run_rounds(grid, folder)
+    assert sorted(folder.rounds()[0].sites) == ["site-a", "site-b"]
+    (members,) = [event for event in folder.events() if event["event"] == "members"]
+    assert members["declined"] == {"site-c": "the base is not approved at this site"}
+
+
+def test_two_sites_of_one_name_are_not_mixed_up(new_run: Make, make_grid: Make) -> None:
+    folder = new_run()
+    grid = make_grid(folder, "abb")
+    run_rounds(grid, folder)
+    assert sorted(folder.rounds()[0].sites) == ["site-a", "site-b"]
+    (members,) = [event for event in folder.events() if event["event"] == "members"]
+    assert "another site is called 'site-b'" in str(members["declined"])
+
+
+def test_a_rank_of_its_own_keeps_no_site_out_of_a_run_without_pairs(
+    new_run: Make, make_grid: Make
+) -> None:
+    pairs = new_run()
+    whole = tuple(target for target in pairs.plan().targets if not target.low_rank)
+    plan = pairs.plan().model_copy(update={"targets": whole})
+    info = new_run(strategy="fedavg", method="head").info()
+    info = info.model_copy(update={"plan_digest": plan.digest})
+    folder = RunFolder.create(pairs.path.parent / "whole", info, plan, pairs.base_bytes())
+    grid = make_grid(folder)
+    list(grid.sites.values())[1].rank = 99
+    run_rounds(grid, folder)
+    for line in folder.rounds():
+        assert line.whole
+        assert {name: site.status for name, site in line.sites.items()} == dict.fromkeys(
+            ("site-a", "site-b", "site-c"), "ok"
+        )
