@@ -11,7 +11,6 @@ from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.server.deployment_folder import ServerFolder
 from dafne_federated.server.deployment_runs import all_runs
 from dafne_federated.server.generation import is_closed, is_generation, trained_cases, versions
-from dafne_federated.server.release import compared, mean_score
 
 
 def history(
@@ -54,7 +53,7 @@ def _version_line(version: RunFolder) -> str:
     if not is_closed(version):
         return f"{words}; under way, {len(version.rounds())} rounds"
     result = version.result()
-    before, after = (mean_score(dice) for dice in compared(result.base_dice, result.dice))
-    if before is not None and after is not None:
-        words += f"; Dice {before:.3f} to {after:.3f}"
+    if result.decision and result.decision.change is not None:
+        persons = f"{result.decision.persons} persons who accept"
+        words += f"; Dice {result.decision.change:+.3f} in {persons}"
     return f"{words}; {f'released {result.release}' if result.released else 'nothing released'}"

@@ -28,7 +28,7 @@ def main(grid: Grid, context: Context) -> None:
         folder.event("started")
         try:
             if is_generation(folder):
-                run_generation(grid, folder, signing_key(folder))
+                run_generation(grid, folder, key=signing_key(folder))
             else:
                 run_rounds(grid, folder)
                 release(folder, signing_key(folder))

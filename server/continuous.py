@@ -22,6 +22,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from flwr.serverapp import Grid
 
@@ -62,6 +63,7 @@ def run_generation(
     folder: RunFolder,
     last: int | None = None,
     pause: Callable[[float], None] = time.sleep,
+    key: Path | None = None,
 ) -> None:
     """Make versions of the generation in ``folder`` until the process is ended.
 
@@ -70,6 +72,7 @@ def run_generation(
         folder: The generation.
         last: Return once so many versions have come to their end; by default never.
         pause: Waits so many seconds.
+        key: Signs the releases.
     """
     every, seen, failed = generation_info(folder).every, _Seen(), 0
     while last is None or sum(map(is_closed, versions(folder))) < last:
@@ -77,7 +80,7 @@ def run_generation(
         try:
             version = under_way or _next_version(grid, folder, seen)
             if version is not None:
-                _finish(grid, folder, version)
+                _finish(grid, folder, version, key)
                 failed = 0
                 continue
         except RunError as error:
@@ -135,10 +138,10 @@ def _next_version(grid: Grid, folder: RunFolder, seen: _Seen) -> RunFolder | Non
     return version
 
 
-def _finish(grid: Grid, folder: RunFolder, version: RunFolder) -> None:
+def _finish(grid: Grid, folder: RunFolder, version: RunFolder, key: Path | None) -> None:
     """Run what is left of a version, and release it if it may be."""
     run_rounds(grid, version)
-    result = release(version)
+    result = release(version, key)
     used = trained_cases(version)
     folder.event(
         "version finished",

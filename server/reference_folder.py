@@ -14,6 +14,7 @@ from dafne_federated.core.model_file import parse_model
 from dafne_federated.core.paired_changes import Changes, paired_changes
 from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.core.state import State, initial_state, state_rank
+from dafne_federated.server.continuation import continuation, start_state
 
 
 def reference_changes(folder: RunFolder) -> Callable[[int], Changes]:
@@ -32,7 +33,7 @@ def reference_changes(folder: RunFolder) -> Callable[[int], Changes]:
 
 
 def _measure(folder: RunFolder, state: State) -> Changes:
-    """Return how the Dice of each label changes from the base to ``state``.
+    """Return how the Dice of each label changes to ``state``, from what the run started from.
 
     Raises:
         ApprovalError: The base is not approved on this machine.
@@ -50,7 +51,9 @@ def _measure(folder: RunFolder, state: State) -> Changes:
     adapted = AdaptedNetwork(model.network, plan, rank)
     images = open_folder(Path(settings.reference))
     rows: list[list[Agreement]] = []
-    for measured in (initial_state(plan, 0, rank), state):
+    record = continuation(folder)
+    first = start_state(folder, record) if record else initial_state(plan, 0, rank)
+    for measured in (first, state):
         adapted.write(measured)
         found: list[Agreement] = []
         for ref in images.cases:
