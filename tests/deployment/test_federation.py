@@ -324,7 +324,7 @@ def test_where_the_guard_vanishes_while_a_site_runs_nothing_runs(
         run = coded_run(deployment, finished, "unguarded", tmp_path / "it-ran")
         said = r"practice: its program ended without an answer"
         with pytest.raises(RunError, match=said):
-            list(follow(server, run, 0))
+            list(watch(server, run, 0))
         assert "refused:" in (status := deployment.done("site", "status", practice.path))
         assert "client/guard.py is missing" in status
     finally:

@@ -170,6 +170,8 @@ def test_a_version_that_is_not_better_is_left_behind(generation: Make) -> None:
         if "message" in content and "metrics" in content and message.metadata.group_id in "23":
             metrics = content.metric_records["metrics"]
             metrics["dice"] = [0.1 for _ in metrics["dice"]]
+            metrics["change-total"] = [-0.45 for _ in metrics["change-total"]]
+            metrics["change-squares"] = [0.45**2 for _ in metrics["change-squares"]]
         return content
 
     def spoil(sites: dict[str, PretendSite]) -> None:
