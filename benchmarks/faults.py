@@ -196,6 +196,7 @@ def bear(stage: Stage, seed: int, drawn: list[tuple[float, str]], digest: str) -
     for thread in threads:
         thread.join()
     stage.mend()
+    faults += [{"kind": "did not happen", "moment": 0.0, "did": what} for what in stage.missed]
     if why:
         stage.deployment.command(
             "server", "stop", stage.deployment.server.path, stage.run.path.name

@@ -139,7 +139,15 @@ class Deployment:
 
     def start_site(self, name: str, environment: Mapping[str, str] | None = None) -> None:
         site = self.sites[name]
-        self.running[site.lock] = self.started("site", "start", site.path, environment=environment)
+        found = (str(self.python(name)), self.environment.get("PYTHONPATH", ""))
+        given = {"PYTHONPATH": os.pathsep.join(filter(None, found)), **(environment or {})}
+        self.running[site.lock] = self.started("site", "start", site.path, environment=given)
+
+    def python(self, name: str) -> Path:
+        """Return a folder where the Python of this site looks first; empty but for faults."""
+        folder = self.path / f"python-{name}"
+        folder.mkdir(exist_ok=True)
+        return folder
 
     def online(self) -> int:
         return self.command("server", "sites", self.server.path).stdout.count(" online ")

@@ -17,7 +17,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dafne_federated.client.guard import PROGRAM
 from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.core.supervision import supervisor
 from tests.deployment.bad_network import BadNetwork
@@ -40,6 +39,7 @@ class Stage:
         command: The command that follows it; None before it is typed.
         mounted: Whether the folders of the coordinator and of the last site are small disks.
         mends: What is to be put right when the run is over.
+        missed: Faults that turned out not to have happened, once they were put right.
     """
 
     deployment: Deployment
@@ -49,6 +49,7 @@ class Stage:
     command: "subprocess.Popen[bytes] | None" = None
     mounted: bool = False
     mends: list[Callable[[], None]] = field(default_factory=list)
+    missed: list[str] = field(default_factory=list)
     starting: threading.RLock = field(default_factory=threading.RLock)
 
     @property
@@ -112,11 +113,11 @@ def kill_node(stage: Stage, chance: random.Random) -> str:
 
 
 def kill_work_starter(stage: Stage, chance: random.Random) -> str:
-    return stage.kill(_some_site(stage, chance), "flower-superexec")
+    return stage.kill(_some_site(stage, chance), "client.work_starter")
 
 
 def kill_client_app(stage: Stage, chance: random.Random) -> str:
-    return stage.kill(_some_site(stage, chance), "client.guard", "changed.py")
+    return stage.kill(_some_site(stage, chance), "client.guard")
 
 
 def kill_server_supervisor(stage: Stage, _random: random.Random) -> str:
@@ -198,6 +199,7 @@ def answer_twice(stage: Stage, chance: random.Random) -> str:
         once = runtime.push_message
         def twice(*given):
             once(*given)
+            happened()
             once(*given)
         runtime.push_message = twice
         """,
@@ -211,13 +213,11 @@ def answer_another_round(stage: Stage, chance: random.Random) -> str:
         "answers another round, once",
         """
         import dafne_federated.client.app as app
-        import pathlib
         right = app._round_reply
         def wrong(request, *given):
-            marker = pathlib.Path({marker!r})
             if request.round == 2 and given[1] == "ok" and not marker.exists():
-                marker.touch()
-                request = request.model_copy(update={{"round": 1}})
+                happened()
+                request = request.model_copy(update={"round": 1})
             return right(request, *given)
         app._round_reply = wrong
         """,
@@ -357,29 +357,28 @@ def _fill(stage: Stage, folder: Path) -> str:
 
 
 def _other_program(stage: Stage, chance: random.Random, what: str, changes: str) -> str:
-    """Let a site run a changed program in place of its own, until the run is over."""
+    """Let the program that answers at a site be another one, until the run is over.
+
+    Python runs a ``sitecustomize`` that it finds, and before the program itself. Of all that
+    runs at the site, only the guard is changed. ``changes`` calls ``happened()`` as it acts.
+    """
     name = chance.choice(NAMES)
-    site = stage.deployment.sites[name]
-    guard, marker = site.programs / PROGRAM, site.path / "marker"
-    right = guard.read_text()
-    python = right.splitlines()[1].removeprefix("exec ").split(" -P ")[0]
-    code = textwrap.dedent(changes).strip().format(marker=str(marker))
-    program = site.programs / "changed.py"
-    program.write_text(
-        f"{code}\nimport dafne_federated.client.guard as guard\nguard.main()\n", encoding="utf-8"
-    )
+    folder = stage.deployment.python(name)
+    marker, program = folder / "happened", folder / "sitecustomize.py"
+    head = f"""
+        import pathlib
+        marker = pathlib.Path({str(marker)!r})
+        happened = marker.touch
+        """
+    changed = textwrap.indent(textwrap.dedent(head + changes).strip(), "    ")
+    code = f'import sys\nif "dafne_federated.client.guard" in sys.orig_argv:\n{changed}\n'
+    marker.unlink(missing_ok=True)
 
     def mend() -> None:
-        new = site.programs / ".new"
-        new.write_text(right)
-        new.chmod(0o700)
-        new.replace(guard)
         program.unlink()
-        marker.unlink(missing_ok=True)
+        if not marker.exists():
+            stage.missed.append(f"{name} {what}")
 
     stage.mends.append(mend)
-    changed = site.programs / ".changed"
-    changed.write_text(f'#!/bin/sh\nexec {python} -P {program} "$@"\n')
-    changed.chmod(0o700)
-    changed.replace(guard)
+    program.write_text(code, encoding="utf-8")
     return f"{name} {what}"

@@ -47,7 +47,7 @@ def coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment
         hosts=("localhost",), listen="127.0.0.3", port=port, local_port=port + 1
     )
     server = make_server(path / "coordinator", chosen)
-    made = Deployment(path, dict(os.environ), server, {}, port)
+    made = Deployment(path, dict(os.environ), server, {}, port, port)
     process = made.started("server", "start", server.path)
     try:
         wait_for(lambda: made.command("server", "status", server.path).returncode == 0)

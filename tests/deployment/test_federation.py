@@ -281,7 +281,7 @@ def test_a_run_bears_what_goes_wrong_between_hospitals(
     kills.append(stage.kill(clinic, "client.guard"))
     kills.append(stage.kill(hospital, "flower-supernode"))
     begins(2)
-    kills.append(stage.kill(clinic, "flower-superexec"))
+    kills.append(stage.kill(clinic, "client.work_starter"))
     kills.append(stage.kill(server.lock, "flower-superexec"))
     assert all(kill.startswith("killed") for kill in kills), kills
     assert stage.command.wait(400) == 0, deployment.told()
