@@ -151,10 +151,10 @@ def tell_news(message: Message, context: Context) -> Message:
     """Say how many training cases are new since a run; nothing is read but settings."""
 
     def respond(
-        site: SiteSettings, status: str, reason: str = "", new_cases: int = 0
+        settings: SiteSettings, status: str, reason: str = "", new_cases: int = 0
     ) -> RecordDict:
         fields = {
-            "site": site.settings.name,
+            "site": settings.name,
             "base_digest": NewsRequest.from_record(message.content).base_digest,
             "status": status,
             "reason": reason,
@@ -162,10 +162,10 @@ def tell_news(message: Message, context: Context) -> Message:
         }
         return NewsReply.model_validate(fields).to_record()
 
-    def act(site: Site) -> RecordDict:
+    def act(site: "Site") -> RecordDict:
         request = NewsRequest.from_record(message.content)
         site.require_consent(request.base_digest)
-        return respond(site, "ok", new_cases=site.new_cases(request.since))
+        return respond(site.settings, "ok", new_cases=site.new_cases(request.since))
 
     return _answer(message, context, act, respond)
 

@@ -42,8 +42,8 @@ def look_at_bundle(content: bytes, *_given: Any, **_named: Any) -> None:
         check_bundle(content)
         _LOOKED.reason = ""
     except BundleError as error:
-        note_refusal(f"bundle {sha256(content)[:16]} refused: {error}")
         _LOOKED.reason = f"declined: {error.reason}"
+        note_refusal(f"bundle {sha256(content)[:16]} refused: {error}")
     except Exception:
         log.exception("the bundle cannot be looked at")
         _LOOKED.reason = "declined: the bundle cannot be looked at"

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -10,13 +11,17 @@ _LARGEST = 2**20  # bytes; then the file is put aside, and the one before it rem
 
 
 def note_refusal(words: str) -> None:
-    """Write a line to the site's file of refusals, if there is one, and to standard error."""
+    """Write a line to the site's file of refusals, if there is one, and to standard error.
+
+    A file that cannot be written changes nothing: what was refused stays refused.
+    """
     line = f"{datetime.now(UTC).isoformat(timespec='seconds')} {words}\n"
     sys.stderr.write(line)
     if not (noted := os.environ.get(REFUSALS)):
         return
     path = Path(noted)
-    if path.exists() and path.stat().st_size > _LARGEST:
-        os.replace(path, path.with_suffix(".log.1"))
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line)
+    with suppress(OSError):
+        if path.exists() and path.stat().st_size > _LARGEST:
+            os.replace(path, path.with_suffix(".log.1"))
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line)

@@ -72,6 +72,9 @@ def _data(settings: SiteSettings, model: ModelFile | None) -> Check:
         if absent := len(chosen) - len(used):
             advice = "correct training and validation in site.toml, or bring the images back"
             return failed(name, f"{absent} of {len(chosen)} cases are not in the folder", advice)
+        if (cases := len(settings.training)) < max(1, settings.min_cases):
+            advice = "name more cases as training in site.toml, or lower min-cases"
+            return failed(name, f"{cases} training cases, too few to take part", advice)
         expected = None if model is None else expectation_of(model)
         here = labels_here(settings, expected.labels) if expected and expected.labels else None
         findings = check_folder(replace(folder, cases=used), expected, here=here)

@@ -291,7 +291,10 @@ def test_the_history_names_every_generation_and_who_trained(
     make_generation(made, GenerationInfo())
     lines = history_lines(coordinator)
     assert lines[0].startswith("generation 1: first, base Base (")
-    assert "site-a 3, site-b 3, site-c 3; Dice +0.100 in 3 persons who accept; released Thigh_" in lines[1]
+    assert (
+        "site-a 3, site-b 3, site-c 3; Dice +0.100 in 3 persons who accept; released Thigh_"
+        in lines[1]
+    )
     assert "site-a 4, site-b 4; Dice" in lines[2]
     assert lines[3].startswith("generation 2: second, base version 0002 of first (")
     assert lines[4:] == ["  no version yet"]
