@@ -44,6 +44,7 @@ epochs = 1
 threads = 1
 device = "cpu"
 margin = 0.9
+min-persons = 1
 max-rank = 8
 min-sites = 2
 deadline = 120
