@@ -47,7 +47,7 @@ margin = 0.9
 min-persons = 1
 max-rank = 8
 min-sites = 2
-deadline = 120
+deadline = 240
 retries = 5
 """
 LIMIT = 1200.0  # seconds for one run with its faults
