@@ -44,13 +44,15 @@ epochs = 1
 threads = 1
 device = "cpu"
 margin = 0.9
+min-persons = 1
 max-rank = 8
 min-sites = 2
-deadline = 120
+deadline = 240
 retries = 5
 """
 LIMIT = 1200.0  # seconds for one run with its faults
 RESUMES = 3  # times a person types 'server resume' after words of the run that say so
+NOTHING = ("found no", "not done", "the run was over", "went wrong")  # words of what was no fault
 DISKS = {"coordinator": 400, "hospital": 100}  # MiB
 
 
@@ -154,7 +156,9 @@ def bear(stage: Stage, seed: int, drawn: list[tuple[float, str]], digest: str) -
     def happen(number: int, moment: float, kind: str) -> None:
         time.sleep(max(0.0, begun + moment - time.monotonic()))
         try:
-            did = FAULTS[kind](stage, random.Random(f"{seed} {number}"))
+            finished = stage.command is not None and stage.command.poll() == 0
+            chance = random.Random(f"{seed} {number}")
+            did = "the run was over" if finished else FAULTS[kind](stage, chance)
         except Exception:
             did = f"went wrong itself: {traceback.format_exc(limit=3)[-400:]}"
         faults.append({"kind": kind, "moment": round(moment, 1), "did": did})
@@ -258,7 +262,10 @@ def table(found: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for line in sorted(found, key=lambda line: line["seed"]):
-        kinds = "; ".join(f"{f['kind']} at {f['moment']:g} s" for f in line["faults"])
+        kinds = "; ".join(
+            f"{f['kind']} at {f['moment']:g} s{' (nothing)' * f['did'].startswith(NOTHING)}"
+            for f in line["faults"]
+        )
         words = [("no", "yes")[line[key]] for key in ("ended", "same")]
         counts = [str(line[key]) for key in ("starts", "resumed", "seconds")]
         shown.append(f"| {' | '.join([str(line['seed']), kinds, *words, *counts])} |")

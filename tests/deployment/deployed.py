@@ -53,7 +53,7 @@ def descendants(number: int) -> dict[int, str]:
     return {own: listed[own][1] for own in found - {number} if own in listed}
 
 
-def wait_for(ready: Callable[[], Any], patience: float = 60.0) -> Any:
+def wait_for(ready: Callable[[], Any], patience: float = 180.0) -> Any:
     """Return what ``ready`` returns as soon as it is true; fail after ``patience`` seconds."""
     end = time.monotonic() + patience
     while not (found := ready()):
@@ -199,7 +199,7 @@ def deployed(
         for name, site in made.sites.items():
             made.done("server", "register", server.path, name, site.request_file(name))
             made.start_site(name)
-        wait_for(lambda: made.online() == len(NAMES), 120)
+        wait_for(lambda: made.online() == len(NAMES))
         made.done("approve", base, "--yes")
         yield made
     finally:

@@ -24,7 +24,7 @@ from tests.deployment.deployed import NAMES, Deployment, descendants, wait_for
 
 OUTAGE = 30.0  # seconds
 RESTART = 5.0  # seconds after which systemd would start a supervisor again
-_PATIENCE = 90.0  # seconds that a program to be killed is waited for
+_PATIENCE = 300.0  # seconds that a program to be killed is waited for
 
 
 @dataclass

@@ -223,7 +223,7 @@ def kill_in_round_two(deployment: Deployment, run: RunFolder, program: str, befo
         new = any(e["event"] == "round started" and e["round"] == 2 for e in events[before:])
         return len(events) if new else 0
 
-    seen: int = wait_for(begun, 200)
+    seen: int = wait_for(begun, 400)
     number = supervisor(deployment.server.lock)
     assert number is not None
     (found,) = (n for n, c in descendants(number).items() if program in c)
@@ -247,7 +247,7 @@ def test_a_run_goes_on_after_kills_and_ends_in_the_same_bits(
     kinds = [event["event"] for event in run.events()]
     assert kinds.count("launched") == 1, deployment.told()  # it was found under way
     kill_in_round_two(deployment, run, "flower-superlink", seen)
-    assert command.wait(400) == 0, deployment.told()
+    assert command.wait(900) == 0, deployment.told()
     assert "it is started again" in (deployment.path / "output.log").read_text()
     assert run.result().content_digest == finished.result().content_digest
     assert [line.state_digest for line in run.rounds()] == [
@@ -272,7 +272,7 @@ def test_a_run_bears_what_goes_wrong_between_hospitals(
             lambda: any(
                 e["event"] == event and e.get("round", 0) == number for e in stage.run.events()
             ),
-            200,
+            400,
         )
 
     begins(0)
@@ -284,7 +284,7 @@ def test_a_run_bears_what_goes_wrong_between_hospitals(
     kills.append(stage.kill(clinic, "client.work_starter"))
     kills.append(stage.kill(server.lock, "flower-superexec"))
     assert all(kill.startswith("killed") for kill in kills), kills
-    assert stage.command.wait(400) == 0, deployment.told()
+    assert stage.command.wait(900) == 0, deployment.told()
     stage.mend()
     assert stage.run.result().content_digest == finished.result().content_digest
 
