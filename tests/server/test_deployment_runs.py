@@ -72,6 +72,21 @@ def test_one_run_at_a_time(server: ServerFolder, start: Start) -> None:
         stop_run(server, first)
 
 
+@pytest.mark.parametrize("last", ["launched", "started", "failed", "lost"])
+def test_a_run_that_is_starting_or_healing_can_be_stopped_once(
+    server: ServerFolder, start: Start, last: str
+) -> None:
+    run = start("run")
+    run.event(last)
+    stop_run(server, run)
+    assert [event["event"] for event in run.events()] == [last, "stopped"]
+    assert active_run(server) is None
+    with pytest.raises(RunError, match="'run' is not started again: stopped by the coordinator"):
+        launch(server, run, seen=1)
+    with pytest.raises(RunError, match="'run' is not under way"):
+        stop_run(server, run)
+
+
 def test_a_run_is_finished_with_its_last_evaluation_and_result(
     server: ServerFolder, start: Start
 ) -> None:
@@ -116,8 +131,9 @@ def test_a_run_that_is_under_way_is_not_started_a_second_time(
     run.event("started")
     with run.lock():
         for lost in (None, LostRunError("known to have ended", None)):
-            assert launch(server, run, lost) == 1  # no Flower here that could start anything
+            launch(server, run, lost)  # no Flower here that could start anything
     run.event("launched")
-    assert launch(server, run) == 2
+    launch(server, run)
+    assert [event["event"] for event in run.events()] == ["started", "launched"]
     with pytest.raises((RunError, OSError)):
         launch(server, run, LostRunError("known to have ended", None))
