@@ -54,6 +54,7 @@ def launch(
     Raises:
         RunError: Another run is under way, or this one is finished or was stopped meanwhile.
         FlowerError: Flower refused, or its SuperLink is away.
+        OSError: No room to write down what was started; it is stopped again.
     """
     with _one_at_a_time(folder):
         if is_finished(run):
@@ -68,12 +69,17 @@ def launch(
         if active and (run.is_locked() or not known_to_have_ended):
             return
         _stop_flower(folder, run)  # one whose program died counts as running for a minute
+        _stop_unknown(folder)
         with tempfile.TemporaryDirectory(prefix="dafne-run-") as scratch:
             write_app(Path(scratch), run.path)
             started = flwr(["run", scratch, CONNECTION], folder.environment, folder.home)
         number = FlowerRun(run_id=str(started["run-id"]))
-        write_atomic(run.path / "flower.json", number.model_dump_json().encode())
-        run.event("launched")
+        try:
+            write_atomic(run.path / "flower.json", number.model_dump_json().encode())
+            run.event("launched")
+        except OSError:
+            _stop_number(folder, number.run_id)
+            raise
 
 
 def stop_run(folder: ServerFolder, run: RunFolder) -> None:
@@ -170,8 +176,21 @@ def _goes_on(run: RunFolder) -> bool:
 
 def _stop_flower(folder: ServerFolder, run: RunFolder) -> None:
     if number := flower_number(run):
-        with contextlib.suppress(FlowerError):  # it ended long ago
-            flwr(["stop", number, CONNECTION], folder.environment, folder.home)
+        _stop_number(folder, number)
+
+
+def _stop_unknown(folder: ServerFolder) -> None:
+    """Stop what Flower accepted and nobody wrote down: it gave no answer in time, or we died."""
+    listed = flwr(["ls", CONNECTION], folder.environment, folder.home)
+    known = {flower_number(run) for run in all_runs(folder)}
+    for entry in listed.get("runs", []):
+        if not str(entry["status"]).startswith("finished") and entry["run-id"] not in known:
+            _stop_number(folder, entry["run-id"])
+
+
+def _stop_number(folder: ServerFolder, number: str) -> None:
+    with contextlib.suppress(FlowerError):  # it ended long ago
+        flwr(["stop", number, CONNECTION], folder.environment, folder.home)
 
 
 @contextlib.contextmanager
