@@ -36,53 +36,67 @@ class FlowerRun(BaseModel):
     run_id: str
 
 
-def launch(folder: ServerFolder, run: RunFolder, lost: LostRunError | None = None) -> int:
+def launch(
+    folder: ServerFolder,
+    run: RunFolder,
+    lost: LostRunError | None = None,
+    seen: int | None = None,
+) -> None:
     """Let Flower run, or go on with, a run; one that is under way is left as it is.
 
     Args:
         folder: The coordinator.
         run: The run.
         lost: A start of it that is known to have ended.
-
-    Returns:
-        How many events the run's folder held before; those after are of this start.
+        seen: How many of its events the caller knows; where it was stopped after these, it is not
+            started. None for all.
 
     Raises:
-        RunError: Another run is under way, or this one is finished.
+        RunError: Another run is under way, or this one is finished or was stopped meanwhile.
         FlowerError: Flower refused, or its SuperLink is away.
+        OSError: No room to write down what was started; it is stopped again.
     """
     with _one_at_a_time(folder):
-        seen = len(list(run.events()))
         if is_finished(run):
             msg = f"run {run.path.name!r} is finished"
             raise RunError(msg)
+        for event in list(run.events())[seen:] if seen is not None else ():
+            if event["event"] == "stopped":
+                msg = f"run {run.path.name!r} is not started again: {event['reason']}"
+                raise RunError(msg)
         active = require_no_other(folder, run)
         known_to_have_ended = lost is not None and lost.number == flower_number(run)
         if active and (run.is_locked() or not known_to_have_ended):
-            return seen
+            return
         _stop_flower(folder, run)  # one whose program died counts as running for a minute
+        _stop_unknown(folder)
         with tempfile.TemporaryDirectory(prefix="dafne-run-") as scratch:
             write_app(Path(scratch), run.path)
             started = flwr(["run", scratch, CONNECTION], folder.environment, folder.home)
         number = FlowerRun(run_id=str(started["run-id"]))
-        write_atomic(run.path / "flower.json", number.model_dump_json().encode())
-        run.event("launched")
-    return seen
+        try:
+            write_atomic(run.path / "flower.json", number.model_dump_json().encode())
+            run.event("launched")
+        except OSError:
+            _stop_number(folder, number.run_id)
+            raise
 
 
 def stop_run(folder: ServerFolder, run: RunFolder) -> None:
     """Stop a run that is under way; it can be resumed after its last finished round.
 
-    Sites end what they are doing; nobody waits for it.
+    One that is being started, or that lost its program and would be started again, is stopped
+    too. Sites end what they are doing; nobody waits for it.
 
     Raises:
         RunError: It is not under way, or did not end within a minute.
     """
-    if not run.is_locked():
-        msg = f"run {run.path.name!r} is not under way"
-        raise RunError(msg)
-    run.event("stopped", reason="stopped by the coordinator's people")
-    _stop_flower(folder, run)
+    with _one_at_a_time(folder):  # so that no start comes in between
+        if not run.is_locked() and (not _goes_on(run) or is_finished(run)):
+            msg = f"run {run.path.name!r} is not under way"
+            raise RunError(msg)
+        run.event("stopped", reason="stopped by the coordinator's people")
+        _stop_flower(folder, run)
     end = time.monotonic() + 60.0
     while run.is_locked():
         if time.monotonic() > end:
@@ -151,10 +165,32 @@ def flower_number(run: RunFolder) -> str | None:
         return None
 
 
+def _goes_on(run: RunFolder) -> bool:
+    """Return whether a run was begun and has not come to an end in words."""
+    last = ""
+    for event in run.events():
+        if event["event"] in ("launched", "started", "failed", "lost", "stopped", "finished"):
+            last = event["event"]
+    return last not in ("", "stopped", "finished")
+
+
 def _stop_flower(folder: ServerFolder, run: RunFolder) -> None:
     if number := flower_number(run):
-        with contextlib.suppress(FlowerError):  # it ended long ago
-            flwr(["stop", number, CONNECTION], folder.environment, folder.home)
+        _stop_number(folder, number)
+
+
+def _stop_unknown(folder: ServerFolder) -> None:
+    """Stop what Flower accepted and nobody wrote down: it gave no answer in time, or we died."""
+    listed = flwr(["ls", CONNECTION], folder.environment, folder.home)
+    known = {flower_number(run) for run in all_runs(folder)}
+    for entry in listed.get("runs", []):
+        if not str(entry["status"]).startswith("finished") and entry["run-id"] not in known:
+            _stop_number(folder, entry["run-id"])
+
+
+def _stop_number(folder: ServerFolder, number: str) -> None:
+    with contextlib.suppress(FlowerError):  # it ended long ago
+        flwr(["stop", number, CONNECTION], folder.environment, folder.home)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 from flwr.app import Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from dafne_federated.server.node_restarts import LOOK, NodeRestarts
@@ -39,7 +40,8 @@ def exchange(
             transport reported an error (a lost node, a crashed program); returns what to keep
             of it, so that answers need not stand in memory together.
         poll: Pause between two looks, in seconds.
-        retries: So many times a site is asked again, once it is online, after such an error.
+        retries: So many times a site is asked again, once it is online, after such an error. If
+            any, one that was offline for a while is asked again however often that happens.
 
     Returns:
         What was kept, by site. Sites that did not answer in time are not in it.
@@ -61,6 +63,7 @@ def exchange(
 
     ask(contents)
     failed: set[str] = set()
+    away: set[str] = set()  # those of them that were only offline
     look = time.monotonic() + LOOK
     while asked or failed:
         found = list(grid.pull_messages(sorted(asked))) if asked else []
@@ -69,6 +72,11 @@ def exchange(
             if site is None or site in kept:
                 continue
             # An error's own text may hold anything of the site, so it is not kept.
+            offline = reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE
+            if offline and retries > 0:
+                failed.add(site)
+                away.add(site)
+                continue
             if reply.has_error() and left[site] > 0:
                 left[site] -= 1
                 failed.add(site)
@@ -88,11 +96,12 @@ def exchange(
             begun = restarts.since([nodes[name] for name in asked.values()])
             again |= {name for name in asked.values() if nodes[name] in begun}
             failed -= again
+            away -= again
             if again:
                 ask(again)
         if asked or failed:
             time.sleep(poll)
-    return kept | {site: take(site, None) for site in sorted(failed)}
+    return kept | {site: take(site, None) for site in sorted(failed - away)}
 
 
 def wait_for_nodes(grid: Grid, least: int, wait: float, poll: float = 1.0) -> list[int]:

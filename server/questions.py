@@ -94,16 +94,16 @@ class Questions:
             ask = asks[name]
             self._open[identity] = Question(name, ask.request.round, ask, expires)
 
-    def answers(self) -> list[tuple[Question, RecordDict | None]]:
-        """Return what has come in; None where the transport reports an error.
+    def answers(self) -> list[tuple[Question, RecordDict | int]]:
+        """Return what has come in; Flower's number of the error where the transport reports one.
 
         An error's own text may hold anything of the site, so it is not kept.
         """
-        found = []
+        found: list[tuple[Question, RecordDict | int]] = []
         for reply in list(self._grid.pull_messages(sorted(self._open))):
             question = self._open.pop(reply.metadata.reply_to_message_id, None)
             if question is not None:
-                found.append((question, None if reply.has_error() else reply.content))
+                found.append((question, reply.error.code if reply.has_error() else reply.content))
         return found
 
     def waits_for(self, site: str, number: int) -> bool:
@@ -115,9 +115,10 @@ class Questions:
         begun = self._restarts.since([nodes[site] for site in sites])
         return sorted(site for site in sites if nodes[site] in begun)
 
-    def online(self, sites: Collection[str], nodes: Mapping[str, int]) -> bool:
-        """Return whether all of the sites are online."""
-        return len(self._restarts.online([nodes[site] for site in sites])) == len(sites)
+    def online(self, sites: Collection[str], nodes: Mapping[str, int]) -> list[str]:
+        """Return those of the sites that are online."""
+        online = self._restarts.online([nodes[site] for site in sites])
+        return sorted(site for site in sites if nodes[site] in online)
 
     def forget(self, site: str, number: int) -> None:
         """Expect nothing more of a site in a round."""

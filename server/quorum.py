@@ -11,8 +11,9 @@
 
 An asked-again site trains from the same state with the same seed, so that it does not matter which
 of the messages it answers. A site whose program was started again has forgotten what it was asked,
-and is asked again at once; that is no retry. Every wait has an end:
-``(deadline + grace) * (retries + 1)`` in all.
+and is asked again at once; that is no retry. Nor is it one where a site was offline for a while:
+Flower lets go of what it was asked, and of its answer too, so it is asked again when it is back.
+Every wait has an end: ``(deadline + grace) * (retries + 1)`` in all.
 """
 
 import logging
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from flwr.app import RecordDict
+from flwr.common.constant import ErrorCode
 
 from dafne_federated.core.settings import RunSettings
 from dafne_federated.core.strategy_table import BOUNDED_RULES, updates_suffice
@@ -28,6 +30,7 @@ from dafne_federated.server.answers import Answer
 from dafne_federated.server.late_answers import LateAnswer
 from dafne_federated.server.node_restarts import LOOK
 from dafne_federated.server.questions import Ask, Question, Questions
+from dafne_federated.strategies.update_gate import Verdict
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +59,8 @@ def collect(
         poll: Pause between two looks, in seconds.
 
     Returns:
-        The answers by site (silent sites are not in it), those to earlier rounds, and how often
-        the sites were asked.
+        The answers by site (of silent sites only those that were away at the end are in it), those
+        to earlier rounds, and how often the sites were asked.
     """
     answers: Answers = {}
     late: list[LateAnswer] = []
@@ -67,36 +70,45 @@ def collect(
     wait = settings.deadline + settings.grace
     while True:
         attempts += 1
+        away: set[str] = set()
         questions.ask({site: asks[site] for site in waiting}, nodes, wait)
         end, look = time.monotonic() + settings.deadline, time.monotonic() + LOOK
         while waiting:
             found = questions.answers()
             for question, content in found:
                 if question.round != number:
-                    if content is not None:  # else the transport gave up on it
+                    if isinstance(content, RecordDict):  # else the transport gave up on it
                         late.append(_late(question, content, judge))
                     continue
                 site = question.site
-                answers[site] = judge(site, content, asks[site])
+                if content == ErrorCode.NODE_UNAVAILABLE:
+                    away |= {site} & waiting
+                    continue
+                given = content if isinstance(content, RecordDict) else None
+                answers[site] = judge(site, given, asks[site])
                 if not _may_yet(answers[site]):
                     questions.forget(site, number)
-                if not questions.waits_for(site, number):
+                    away.discard(site)
+                if site not in away and not questions.waits_for(site, number):
                     waiting.discard(site)
             if not waiting or found:  # what is in already is never late
                 continue
             if time.monotonic() > look:
                 look = time.monotonic() + LOOK
-                if lost := questions.lost(waiting, nodes):
-                    log.warning("%s started again and is asked again", ", ".join(lost))
-                    questions.ask({site: asks[site] for site in lost}, nodes, wait)
+                back = questions.online(away, nodes) if away else []
+                if again := sorted({*questions.lost(waiting - away, nodes), *back}):
+                    log.warning("%s is there again and is asked again", ", ".join(again))
+                    questions.ask({site: asks[site] for site in again}, nodes, wait)
+                    away -= set(again)
             over = time.monotonic() - end
             if over > 0 and (over > settings.grace or enough(answers, late)):
                 break
             time.sleep(poll)
         waiting = {site for site in asks if _may_yet(answers.get(site))}
         if not waiting or attempts > settings.retries or enough(answers, late):
-            return answers, late, attempts
-        while time.monotonic() < end and not questions.online(waiting, nodes):
+            unreachable = Answer(Verdict("silent", "it was not reachable"))
+            return dict.fromkeys(sorted(away), unreachable) | answers, late, attempts
+        while time.monotonic() < end and len(questions.online(waiting, nodes)) < len(waiting):
             time.sleep(poll)
 
 

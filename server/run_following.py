@@ -30,6 +30,7 @@ _ASK = 10.0  # seconds between two questions to Flower
 _GONE = 3.0  # seconds without the lock after which the program of a run counts as gone
 _TRIES = 6  # starts without a new round in between
 _PAUSE = 2.0  # seconds before the second of them; then twice as long each time
+_PASSING = (FlowerError, OSError)  # what may be over when a start is tried again
 _AWAY = 600.0  # seconds that the SuperLink, or room on the disk, is waited for
 
 
@@ -42,7 +43,8 @@ def follow(folder: ServerFolder, run: RunFolder, pause: float = _PAUSE) -> Itera
         pause: Seconds before the second start without a new round; then twice as long each time.
 
     Raises:
-        RunError: Another run is under way, or this one ended otherwise; in words, why.
+        RunError: Another run is under way, or this one was stopped or ended otherwise; in words,
+            why.
     """
     seen, tries = len(list(run.events())), 0
     lost: LostRunError | None = None
@@ -50,13 +52,15 @@ def follow(folder: ServerFolder, run: RunFolder, pause: float = _PAUSE) -> Itera
         done = len(run.rounds())
         for attempt in _patiently():
             with attempt:
-                launch(folder, run, lost)
+                launch(folder, run, lost, seen)
             outcome = attempt.retry_state.outcome
             if outcome and outcome.failed:
-                _tell(run, f"not started yet: {outcome.exception()}")
+                if isinstance(outcome.exception(), _PASSING):
+                    _tell(run, f"not started yet: {outcome.exception()}")
                 for event in list(run.events())[seen:]:
                     seen += 1
                     yield event
+                    _require_not_stopped(folder, run, event)
         try:
             for event in watch(folder, run, seen):
                 seen += 1
@@ -80,7 +84,7 @@ def watch(folder: ServerFolder, run: RunFolder, seen: int) -> Iterator[Event]:
     Args:
         folder: The coordinator.
         run: The run.
-        seen: Events to leave out; see ``launch``.
+        seen: Events to leave out: those that the run's folder held before this start.
 
     Raises:
         RunError: The run stopped; in words, why.
@@ -95,8 +99,7 @@ def watch(folder: ServerFolder, run: RunFolder, seen: int) -> Iterator[Event]:
             yield event
             if event["event"] == "finished":
                 return
-            if event["event"] == "stopped":
-                raise RunError(f"{event['reason']}; {hint(folder, run)}")
+            _require_not_stopped(folder, run, event)
             if event["event"] == "failed":
                 raise LostRunError(f"the program of the run failed: {event['reason']}", number)
             begun = begun or event["event"] == "started"
@@ -125,10 +128,16 @@ def hint(folder: ServerFolder, run: RunFolder) -> str:
     return f"see {folder.logs / 'runs.log'}; go on with {resume}"
 
 
+def _require_not_stopped(folder: ServerFolder, run: RunFolder, event: Event) -> None:
+    if event["event"] == "stopped":
+        msg = f"{event['reason']}; {hint(folder, run)}"
+        raise RunError(msg)
+
+
 def _patiently() -> tenacity.Retrying:
     """Return attempts for as long as a SuperLink may be away or a disk full."""
     return tenacity.Retrying(
-        retry=tenacity.retry_if_exception_type((FlowerError, OSError)),
+        retry=tenacity.retry_if_exception_type(_PASSING),
         stop=tenacity.stop_after_delay(_AWAY),
         wait=tenacity.wait_exponential(min=1.0, max=30.0),
         reraise=True,

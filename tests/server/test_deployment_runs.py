@@ -1,19 +1,22 @@
 """What a coordinator knows of its runs follows from their own folders."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dafne_federated.core.errors import LostRunError, RunError
+from dafne_federated.core.errors import FlowerError, LostRunError, RunError
 from dafne_federated.core.files import sha256
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RoundLine, RunFolder, RunInfo, RunResult
 from dafne_federated.core.settings import RunSettings
+from dafne_federated.server import deployment_runs
 from dafne_federated.server.deployment_folder import ServerFolder
 from dafne_federated.server.deployment_runs import (
     active_run,
     all_runs,
+    flower_number,
     is_finished,
     is_starting,
     launch,
@@ -72,6 +75,77 @@ def test_one_run_at_a_time(server: ServerFolder, start: Start) -> None:
         stop_run(server, first)
 
 
+@pytest.mark.parametrize("last", ["launched", "started", "failed", "lost"])
+def test_a_run_that_is_starting_or_healing_can_be_stopped_once(
+    server: ServerFolder, start: Start, last: str
+) -> None:
+    run = start("run")
+    run.event(last)
+    stop_run(server, run)
+    assert [event["event"] for event in run.events()] == [last, "stopped"]
+    assert active_run(server) is None
+    with pytest.raises(RunError, match="'run' is not started again: stopped by the coordinator"):
+        launch(server, run, seen=1)
+    with pytest.raises(RunError, match="'run' is not under way"):
+        stop_run(server, run)
+
+
+class Flower:
+    """Flower's command line, as far as runs are known to it by number and status."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, str] = {}
+        self.answers = True
+
+    def __call__(self, arguments: Sequence[str], _environment: object, _home: Path) -> Any:
+        if arguments[0] == "run":
+            number = str(len(self.runs) + 1)
+            self.runs[number] = "pending"
+            if not self.answers:
+                msg = "'flwr run' gave no answer within 120 s"
+                raise FlowerError(msg)
+            return {"run-id": number}
+        if arguments[0] == "stop":
+            if self.runs.get(arguments[1], "finished").startswith("finished"):
+                msg = "'flwr stop' failed: it is not running"
+                raise FlowerError(msg)
+            self.runs[arguments[1]] = "finished:stopped"
+            return {}
+        assert arguments[0] == "ls"
+        return {"runs": [{"run-id": n, "status": status} for n, status in self.runs.items()]}
+
+
+@pytest.fixture
+def flower(monkeypatch: pytest.MonkeyPatch) -> Flower:
+    flower = Flower()
+    monkeypatch.setattr(deployment_runs, "flwr", flower)
+    return flower
+
+
+def test_a_start_that_flower_took_without_an_answer_is_stopped_before_the_next(
+    server: ServerFolder, start: Start, flower: Flower
+) -> None:
+    run = start("run")
+    flower.answers = False
+    with pytest.raises(FlowerError, match="gave no answer"):
+        launch(server, run)
+    flower.answers = True
+    launch(server, run)
+    assert flower.runs == {"1": "finished:stopped", "2": "pending"}
+    assert flower_number(run) == "2"
+
+
+def test_a_start_that_cannot_be_written_down_is_stopped(
+    server: ServerFolder, start: Start, flower: Flower
+) -> None:
+    run = start("run")
+    (run.path / "flower.json").mkdir()  # no file can take its place
+    with pytest.raises(OSError, match=r"flower\.json"):
+        launch(server, run)
+    assert flower.runs == {"1": "finished:stopped"}
+    assert list(run.events()) == []
+
+
 def test_a_run_is_finished_with_its_last_evaluation_and_result(
     server: ServerFolder, start: Start
 ) -> None:
@@ -116,8 +190,9 @@ def test_a_run_that_is_under_way_is_not_started_a_second_time(
     run.event("started")
     with run.lock():
         for lost in (None, LostRunError("known to have ended", None)):
-            assert launch(server, run, lost) == 1  # no Flower here that could start anything
+            launch(server, run, lost)  # no Flower here that could start anything
     run.event("launched")
-    assert launch(server, run) == 2
+    launch(server, run)
+    assert [event["event"] for event in run.events()] == ["started", "launched"]
     with pytest.raises((RunError, OSError)):
         launch(server, run, LostRunError("known to have ended", None))

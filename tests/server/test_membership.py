@@ -60,6 +60,36 @@ def test_a_site_whose_program_dies_before_the_first_round_is_asked_again(
     assert site.received.count(kind) == 2
 
 
+@pytest.mark.parametrize("kind", ["query.offer", "train.base"])
+def test_a_site_that_was_offline_before_the_first_round_uses_no_retry(
+    new_run: Make, make_grid: Make, kind: str
+) -> None:
+    folder = new_run(rounds=1, retries=1, deadline=600)
+    grid = make_grid(folder, "ab")
+    (site,) = (s for s in grid.sites.values() if s.name == "site-b")
+
+    def offline_twice(message: Message, content: RecordDict) -> RecordDict | Error:
+        away = message.metadata.message_type == kind and site.received.count(kind) <= 2
+        return Error(5, "node unavailable") if away else content
+
+    site.change = offline_twice
+    run_rounds(grid, folder)
+    assert list(folder.rounds()[0].sites) == ["site-a", "site-b"]
+    assert site.received.count(kind) == 3
+
+
+def test_a_site_that_stays_offline_before_the_first_round_gave_no_answer(
+    new_run: Make, make_grid: Make
+) -> None:
+    folder = new_run(rounds=1, deadline=1.0, min_sites=1)
+    grid = make_grid(folder, "ab")
+    (site,) = (s for s in grid.sites.values() if s.name == "site-b")
+    site.change = lambda message, _: Error(5, "node unavailable")
+    run_rounds(grid, folder)
+    (members,) = (event for event in folder.events() if event["event"] == "members")
+    assert list(members["declined"].values()) == ["no answer within 1 s"]
+
+
 def test_a_site_that_was_started_again_before_the_first_round_is_asked_again_at_once(
     new_run: Make, make_grid: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

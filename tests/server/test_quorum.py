@@ -104,27 +104,49 @@ def test_a_site_that_was_started_again_is_asked_again_at_once(
     assert site(grid, "site-b").received.count("train.round") == 4
 
 
-def test_a_site_that_is_offline_is_asked_again_when_it_is_back(
-    new_run: Make, make_grid: Make
-) -> None:
-    folder = new_run(deadline=600, retries=1)
-    grid = make_grid(folder, "ab")
+def goes_offline(grid: Any, group: str, seconds: float) -> threading.Timer:
+    """Let site-b be offline for a while from its first message of a round on."""
     stamps = {"site-a": "noon", "site-b": "noon"}
     online_since(grid, stamps)
-    coming = threading.Timer(1.0, lambda: stamps.update({"site-b": "later"}))
+    coming = threading.Timer(seconds, lambda: stamps.update({"site-b": "later"}))
 
-    def go_offline(message: Message, content: RecordDict) -> RecordDict | Error:
-        if message.metadata.group_id == "2" and not coming.is_alive() and len(stamps) == 2:
-            if stamps["site-b"] == "later":
-                return content
+    def change(message: Message, content: RecordDict) -> RecordDict | Error:
+        if message.metadata.group_id == group and stamps.get("site-b") == "noon":
             del stamps["site-b"]
             coming.start()
         return content if "site-b" in stamps else Error(5, "node unavailable")
 
-    site(grid, "site-b").change = go_offline
+    site(grid, "site-b").change = change
+    return coming
+
+
+@pytest.mark.parametrize("min_sites", [1, 2])
+def test_a_site_that_was_offline_for_a_while_loses_no_round(
+    new_run: Make, make_grid: Make, monkeypatch: pytest.MonkeyPatch, min_sites: int
+) -> None:
+    smooth = new_run()
+    run_rounds(make_grid(smooth, "ab"), smooth)
+    monkeypatch.setattr(quorum, "LOOK", 0.1)
+    folder = new_run(deadline=600, retries=0, min_sites=min_sites)
+    grid = make_grid(folder, "ab")
+    coming = goes_offline(grid, "2", 1.0)
     run_rounds(grid, folder)
     coming.join()
-    assert [line.attempts for line in folder.rounds()] == [1, 2, 1, 1]
+    assert final(folder) == final(smooth)
+    assert [line.attempts for line in folder.rounds()] == [1, 1, 1, 1]
+    assert site(grid, "site-b").received.count("train.round") == 4
+
+
+def test_a_site_that_is_offline_at_the_deadline_was_not_reachable(
+    new_run: Make, make_grid: Make
+) -> None:
+    folder = new_run(deadline=1.0, retries=1, min_sites=1, rounds=1)
+    grid = make_grid(folder, "ab")
+    coming = goes_offline(grid, "1", 600)
+    run_rounds(grid, folder)
+    coming.cancel()
+    away = folder.rounds()[0].sites["site-b"]
+    assert (away.status, away.reason) == ("silent", "it was not reachable")
 
 
 def test_nobody_is_asked_again_for_what_was_refused(new_run: Make, make_grid: Make) -> None:

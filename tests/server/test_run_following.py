@@ -16,6 +16,7 @@ from dafne_federated.core.run_folder import RoundLine, RunFolder, RunInfo, RunRe
 from dafne_federated.core.settings import RunSettings
 from dafne_federated.server import run_following
 from dafne_federated.server.deployment_folder import ServerFolder
+from dafne_federated.server.deployment_runs import stop_run
 from dafne_federated.server.run_following import follow, watch
 
 
@@ -59,11 +60,11 @@ def starts(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> Starts:
     def choose(acts: list[Callable[[], None]]) -> list[LostRunError | None]:
         losses: list[LostRunError | None] = []
 
-        def launch(_folder: ServerFolder, run: RunFolder, lost: LostRunError | None) -> int:
+        def launch(
+            _folder: ServerFolder, _run: RunFolder, lost: LostRunError | None, _seen: int
+        ) -> None:
             losses.append(lost)
-            before = len(list(run.events()))
             acts[min(len(losses), len(acts)) - 1]()
-            return before
 
         monkeypatch.setattr(run_following, "launch", launch)
         return losses
@@ -142,6 +143,34 @@ def test_a_superlink_that_is_away_is_waited_for(
     assert events[0]["reason"] == "not started yet: nobody answers"
 
 
+def test_a_run_that_is_stopped_while_it_is_not_started_yet_ends(
+    server: ServerFolder, run: RunFolder, starts: Starts
+) -> None:
+    def away() -> None:
+        run.event("stopped", reason="stopped by people")
+        raise FlowerError("nobody answers")
+
+    losses = starts([away])
+    with pytest.raises(RunError, match="stopped by people; see"):
+        list(follow(server, run, pause=0.0))
+    assert len(losses) == 1
+
+
+def test_a_run_that_is_stopped_before_it_is_started_again_stays_so(
+    server: ServerFolder, run: RunFolder
+) -> None:
+    run.event("launched")
+    following = follow(server, run, pause=0.5)
+    begun = threading.Timer(0.2, lambda: run.event("failed", reason="OSError: no space left"))
+    begun.start()
+    assert next(following)["event"] == "failed"
+    begun.join()
+    stop_run(server, run)
+    with pytest.raises(RunError, match="stopped by the coordinator's people; see"):
+        list(following)
+    assert kinds(list(run.events())) == ["launched", "failed", "stopped", "lost"]
+
+
 def test_a_run_whose_program_was_killed_before_its_last_word_is_finished(
     server: ServerFolder, run: RunFolder, starts: Starts
 ) -> None:
@@ -174,12 +203,12 @@ def test_a_run_under_way_is_followed_and_taken_over_when_it_is_lost(
     program = subprocess.Popen([sys.executable, "-P", "-c", HOLD, str(run.path)])
     while not list(run.events()) or not run.is_locked():
         assert program.poll() is None
-    seen = len(list(run.events()))
 
-    def launch(_folder: ServerFolder, run: RunFolder, lost: LostRunError | None) -> int:
+    def launch(
+        _folder: ServerFolder, run: RunFolder, lost: LostRunError | None, _seen: int
+    ) -> None:
         if lost is not None:
             run.event("finished")
-        return seen
 
     monkeypatch.setattr(run_following, "launch", launch)
     killing = threading.Timer(1.0, lambda: program.send_signal(signal.SIGKILL))
