@@ -14,7 +14,7 @@ from dafne_federated.cli.server_history import history_lines
 from dafne_federated.core.errors import SettingsError
 from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.core.settings import RunSettings
-from dafne_federated.core.state import state_bytes
+from dafne_federated.core.state import initial_state, state_bytes
 from dafne_federated.server.continuation import Absent, Continuation, continuation, staleness
 from dafne_federated.server.continuous import run_generation
 from dafne_federated.server.deployment_folder import ServerFolder
@@ -291,7 +291,35 @@ def test_the_history_names_every_generation_and_who_trained(
     make_generation(made, GenerationInfo())
     lines = history_lines(coordinator)
     assert lines[0].startswith("generation 1: first, base Base (")
-    assert "site-a 3, site-b 3, site-c 3; Dice +0.100 in 3 persons who accept; released Thigh_" in lines[1]
+    assert (
+        "site-a 3, site-b 3, site-c 3; Dice +0.100 in 3 persons who accept; released Thigh_"
+        in lines[1]
+    )
     assert "site-a 4, site-b 4; Dice" in lines[2]
     assert lines[3].startswith("generation 2: second, base version 0002 of first (")
     assert lines[4:] == ["  no version yet"]
+
+
+def test_no_site_outweighs_those_that_trained_earlier_and_all_others(generation: Make) -> None:
+    """By hand: 3 / sqrt(2) and 1 / sqrt(2) cases of earlier trainers bound one of 100."""
+    from dafne_federated.server.combining import combined
+    from dafne_federated.server.federation import Federation
+    from dafne_federated.server.membership import Members
+    from dafne_federated.strategies.aggregation import Update
+
+    folder = generation(strategy="factors")
+    plan = folder.plan()
+    first = initial_state(plan, 0)
+    delta = next(name for name in first if name.endswith("/delta"))
+    moved = {**first, delta: first[delta] + np.float32(1)}
+    record = Continuation(
+        version=2,
+        start_digest="",
+        new_cases={"a": 100},
+        contained={"b": Absent(cases=3, behind=1), "c": Absent(cases=1, behind=1)},
+    )
+    members = Members({}, {}, {}, {}, {}, {})
+    federation = Federation(folder, folder.info(), plan, members, 1, first, None, record)
+    result = combined(federation, 1, first, [Update("a", moved, 100)], 0)
+    np.testing.assert_allclose(result.state[delta], first[delta] + 0.5, rtol=1e-5, atol=1e-6)
+    assert result.shares == {"a": pytest.approx(4 / math.sqrt(2) / 100)}
