@@ -209,10 +209,10 @@ def _limits(
     else:
         judged = {line.label: line for line in result.decision.lines if not line.site}
         if unknown := [label for label in plan.labels if label not in judged]:
-            said.append(f"Nobody who accepts has {', '.join(unknown)}: not judged.")
+            said.append(f"No validation person has {', '.join(unknown)}: not judged.")
         if few := [label for label, line in judged.items() if line.lower is None]:
             said.append(
-                f"Fewer than {INTERVAL_FROM} persons who accept have {', '.join(few)}: there the "
+                f"Fewer than {INTERVAL_FROM} of these persons have {', '.join(few)}: there the "
                 "mean alone was looked at, and chance may hide a fall."
             )
     said += [
