@@ -21,6 +21,7 @@ from dafne_federated.server.deployment_folder import ServerFolder
 from dafne_federated.server.generation import (
     GenerationInfo,
     check_continuous,
+    last_trained,
     make_generation,
     versions,
 )
@@ -220,7 +221,7 @@ def test_a_kill_anywhere_ends_in_the_same_bits(generation: Make, moment: Any) ->
     assert digests[0] == digests[1]
 
 
-def test_a_version_whose_sites_are_gone_is_dropped_and_announced_again(generation: Make) -> None:
+def test_a_version_whose_sites_are_gone_is_dropped_until_other_cases_come(generation: Make) -> None:
     folder = generation(deadline=0.1, retries=0)
     grid = grid_of(folder, "ab")
 
@@ -229,13 +230,85 @@ def test_a_version_whose_sites_are_gone_is_dropped_and_announced_again(generatio
 
     def back(sites: dict[str, PretendSite]) -> None:
         sites["site-b"].change = lambda _, content: content
+        more(a=1)(sites)
 
     list(grid.sites.values())[1].change = gone
-    run(folder, grid, lambda _: None, lambda _: None, lambda _: None, back)
+    run(folder, grid, *[lambda _: None] * 9, back)
     kinds = [event["event"] for event in folder.events()]
     assert kinds.count("version dropped") == 1
+    assert kinds.count("version begun") == 2
     assert kinds.count("version finished") == 1
+    assert [path.name for path in (folder.path / "versions").iterdir()] == ["0001"]
     assert [trained(version) for version in versions(folder)] == [["site-a", "site-b"]]
+
+
+def test_what_was_dropped_begins_again_when_a_site_left_and_came_again(generation: Make) -> None:
+    folder = generation(deadline=0.1, retries=0)
+    grid = grid_of(folder, "ab")
+    node, site = list(grid.sites.items())[1]
+
+    def gone(message: Message, content: RecordDict) -> Any:
+        return None if message.metadata.message_type == "train.round" else content
+
+    def come_again(_sites: dict[str, PretendSite]) -> None:
+        site.change = lambda _, content: content
+        grid.sites[node + 100] = grid.sites.pop(node)
+
+    site.change = gone
+    run(folder, grid, *[lambda _: None] * 4, come_again)
+    assert [trained(version) for version in versions(folder)] == [["site-a", "site-b"]]
+
+
+def test_a_site_that_declined_is_asked_again_and_told_once(generation: Make) -> None:
+    folder = generation()
+    grid = grid_of(folder)
+
+    def decline(message: Message, content: RecordDict) -> RecordDict:
+        if message.metadata.message_type == "query.offer":
+            content["message"]["status"] = "refused"
+            content["message"]["reason"] = "not approved"
+        return content
+
+    def approve(sites: dict[str, PretendSite]) -> None:
+        sites["site-c"].change = lambda _, content: content
+        more(a=1)(sites)
+
+    list(grid.sites.values())[2].change = decline
+    run(folder, grid, lambda _: None, lambda _: None, approve)
+    assert [trained(version) for version in versions(folder)] == [
+        ["site-a", "site-b"], ["site-a", "site-c"]
+    ]  # fmt: skip
+    told = [event["declined"] for event in folder.events() if event["event"] == "members"]
+    assert told == [{"site-c": "not approved"}, {}]
+
+
+def test_a_version_that_nobody_judged_uses_up_no_cases(generation: Make) -> None:
+    folder = generation()
+    grid = grid_of(folder)
+
+    def silent(message: Message, content: RecordDict) -> RecordDict:
+        """Let nobody measure, in the rounds after the first, what was measured in it."""
+        if "metrics" in content and message.metadata.group_id in "23":
+            metrics = content.metric_records["metrics"]
+            for name in ("change-persons", "change-total", "change-squares"):
+                metrics[name] = [0 * value for value in metrics[name]]
+        return content
+
+    sites = list(grid.sites.values())
+    sites[0].change = silent
+
+    def mend(_sites: dict[str, PretendSite]) -> None:
+        sites[0].change = lambda _, content: content
+
+    def look(_sites: dict[str, PretendSite]) -> None:
+        (version,) = versions(folder)  # and no other with the same cases
+        decision = version.result().decision
+        assert decision is not None
+        assert not decision.looked_at
+        assert last_trained(folder) == {}
+
+    run(folder, grid, lambda _: None, look, mend, more(b=1))
+    assert [trained(v) for v in versions(folder)] == [["site-a", "site-b", "site-c"]] * 2
 
 
 def test_a_site_of_an_earlier_version_keeps_its_missing_labels(generation: Make) -> None:
