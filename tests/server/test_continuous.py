@@ -1,6 +1,7 @@
 """New cases make versions, each as good a run as any; who has none is not asked to train."""
 
 import itertools
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from flwr.app import Message, RecordDict
 
 from dafne_federated.cli.server_history import history_lines
 from dafne_federated.core.errors import SettingsError
+from dafne_federated.core.model_file import read_model
 from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.core.settings import RunSettings
 from dafne_federated.core.state import initial_state, state_bytes
@@ -25,6 +27,7 @@ from dafne_federated.server.generation import (
     make_generation,
     versions,
 )
+from dafne_federated.server.model_card import CARD_DATA, CARD_PAGE
 from dafne_federated.server.rounds import run_rounds
 from tests.server.conftest import PretendGrid, PretendSite, grid_of, stop_in
 
@@ -118,6 +121,30 @@ def test_only_sites_with_new_cases_train_and_all_measure(generation: Make) -> No
         {"site-a": 3, "site-b": 3, "site-c": 3},
         {"site-a": 4, "site-c": 5},
     ]
+
+
+def test_the_card_of_a_version_says_what_it_started_from_and_whom_it_contains(
+    generation: Make,
+) -> None:
+    folder = generation()
+    run(folder, grid_of(folder), more(a=1, b=1))
+    first, second = versions(folder)
+    cards = [json.loads((v.release / CARD_DATA).read_text()) for v in (first, second)]
+    pages = [(v.release / CARD_PAGE).read_text() for v in (first, second)]
+    assert "Change of Dice from the base in" in pages[0]
+    assert "Change of Dice from the version that it started from in" in pages[1]
+    assert "base as well" in cards[1]["limits"][-2]
+    assert [card["method"]["version"] for card in cards] == [1, 2]
+    assert [
+        {site["site"]: (site["training_cases"], site["earlier_cases"]) for site in card["sites"]}
+        for card in cards
+    ] == [
+        {"site-a": (3, 0), "site-b": (3, 0), "site-c": (3, 0)},
+        {"site-a": (4, 3), "site-b": (4, 3), "site-c": (0, 3)},
+    ]
+    told = read_model(second.release / second.result().release).metadata["federated"]
+    assert (told["sites"], told["training_cases"]) == (2, 8)
+    assert (told["earlier_sites"], told["earlier_training_cases"]) == (1, 3)
 
 
 def test_states_accumulate_and_each_release_is_newer(generation: Make) -> None:
