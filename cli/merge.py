@@ -19,6 +19,7 @@ from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.core.state import State, load_state, state_rank
 from dafne_federated.core.strategy_table import STRATEGY_TABLE
 from dafne_federated.core.versions import versions
+from dafne_federated.server.continuation import continuation
 from dafne_federated.server.release import provenance
 from dafne_federated.strategies import STRATEGIES
 from dafne_federated.strategies.aggregation import Update
@@ -66,7 +67,7 @@ def merge(
             raise SettingsError(msg)
         number = _trained_round(folder, number)
         plan, state = folder.plan(), folder.state_after(number)
-        told = provenance(folder.info(), plan, folder.rounds(), number)
+        told = provenance(folder.info(), plan, folder.rounds(), number, continuation(folder))
         base = base or folder.base
     elif not zipfile.is_zipfile(source):
         msg = f"expected the folder of a run or a state file (.npz), got {str(source)!r}"

@@ -185,7 +185,10 @@ def push(
                     f"{file.name}: expected --after VERSION: which version on the server it follows"
                 )
                 raise SettingsError(msg)
-            if there.digests.get(there.latest) != model.digest:
+            newest = there.digests.get(there.latest)
+            if after is None and newest in origin.earlier:
+                base = newest  # a version follows the base of its generation, or one before it
+            if newest != model.digest:
                 require_base_newest(there, base)
             if not yes:
                 _ask(there, model, contribution, len(data), origin.objection, connection.address)

@@ -13,6 +13,7 @@ from dafne_federated.core.model_file import ModelFile
 from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.core.signed_release import MANIFEST, SIGNATURE, checked_manifest, verify
 from dafne_federated.server.deployment_folder import home_of
+from dafne_federated.server.generation import earlier_releases
 from dafne_federated.server.release import mean_score
 from dafne_federated.simulations.release_check import load_release_check
 
@@ -28,6 +29,7 @@ class Origin:
 
     Attributes:
         base_digest: SHA-256 of the version it was adapted from, or None.
+        earlier: SHA-256 of the releases before it in its generation; it may follow each of them.
         dice: Mean Dice on validation persons, or None.
         objection: Why it should not be published, in words; empty if it may.
     """
@@ -35,6 +37,7 @@ class Origin:
     base_digest: str | None
     dice: float | None
     objection: str
+    earlier: tuple[str, ...] = ()
 
 
 def release_origin(path: Path, model: ModelFile, run: Path | None = None) -> Origin:
@@ -82,7 +85,7 @@ def _of_federation(path: Path, folder: RunFolder, model: ModelFile, base: str) -
         objection = "its record names another base than its run"
     else:
         objection = _signature_fault(path, folder, model)
-    return Origin(base, dice, objection)
+    return Origin(base, dice, objection, tuple(earlier_releases(folder)))
 
 
 def _signature_fault(path: Path, run: RunFolder, model: ModelFile) -> str:

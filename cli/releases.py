@@ -18,7 +18,13 @@ from dafne_federated.core.errors import ReleaseError, SettingsError, VersionMove
 from dafne_federated.core.model_file import read_model
 from dafne_federated.server.dafne_server import checked_name, model_versions
 from dafne_federated.server.publication import publish
-from dafne_federated.server.releases import Release, make_current, release_of, releases
+from dafne_federated.server.releases import (
+    Release,
+    make_current,
+    release_of,
+    releases,
+    run_name,
+)
 
 app = typer.Typer(no_args_is_help=True, help="What a coordinator released: list, and go back.")
 Folder = Annotated[
@@ -43,7 +49,7 @@ def list_command(folder: Folder, json_output: AsJson = False) -> None:
             "*" if own.current else "",
             f"{datetime.fromtimestamp(own.created, UTC):%Y-%m-%d}",
         )
-        name, run = printable(own.name), printable(own.run.path.name)
+        name, run = printable(own.name), printable(run_name(own.run))
         table.add_row(mark, name, run, day, *dice, own.digest[:16])
     Console().print(table)
 
@@ -123,7 +129,7 @@ def _push(
 def _facts(release: Release) -> dict[str, Any]:
     return {
         "model": release.name,
-        "run": release.run.path.name,
+        "run": run_name(release.run),
         "file": str(release.file),
         "digest": release.digest,
         "created": release.created,

@@ -9,7 +9,7 @@ class GateLine(BaseModel):
     Attributes:
         site: Its name; empty for all together.
         label: The label.
-        persons: Persons who accept that have it.
+        persons: Persons who accept that have it; where a site has none, those who choose.
         change: Mean of the paired differences of Dice.
         lower: Lower end of their interval; None with too few persons for one.
         falls: Whether it may fall by more than the margin.

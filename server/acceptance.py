@@ -47,9 +47,10 @@ def decide(
             continue
         looked.append(number)
         changes = {name: site.accept for name, site in sorted(line.sites.items())}
-        decision = accept(changes, settings)
+        others = {name: site.choose for name, site in sorted(line.sites.items())}
+        decision = accept(changes, settings, others)
         if reference is not None and (decision.accepted or decision.few):
-            decision = accept(changes | {REFERENCE: reference(number)}, settings)
+            decision = accept(changes | {REFERENCE: reference(number)}, settings, others)
         if decision.accepted:
             return number, decision.model_copy(update={"looked_at": tuple(looked)})
         reasons.append(f"round {number}: {decision.reason}")
@@ -59,19 +60,25 @@ def decide(
     return None, decision.model_copy(update={"reason": reason, "looked_at": tuple(looked)})
 
 
-def accept(changes: Mapping[str, Changes], settings: RunSettings) -> GateDecision:
+def accept(
+    changes: Mapping[str, Changes],
+    settings: RunSettings,
+    others: Mapping[str, Changes] | None = None,
+) -> GateDecision:
     """Decide whether a state may be released.
 
     It may if the mean Dice rises and no label falls by more than ``margin``, neither at a site
     nor over all of them. From 5 persons on a label falls where the lower end of the interval of
     its paired differences is below the margin, so that a fall that large is excluded with the
-    settings' confidence; with fewer, where their mean is.
+    settings' confidence; with fewer, where their mean is. A label that nobody who accepts has at
+    a site must not fall there in those who choose; in the mean they do not count.
 
     Args:
         changes: In the persons who accept, by site and label.
         settings: Margin, confidence and the least number of persons of the run.
+        others: In the persons who choose.
     """
-    lines, persons = _lines(changes, settings), _persons(changes)
+    lines, persons = _lines(_with_unjudged(changes, others or {}), settings), _persons(changes)
     change, few = mean_change({n: c for n, c in changes.items() if c}), False
     falls = [line for line in lines if line.falls]
     falls.sort(key=lambda line: not line.site)  # where it is comes before that it is
@@ -124,6 +131,14 @@ def _missing(line: RoundLine, rounds: Sequence[RoundLine]) -> str:
                     f"{label} of {name} was measured in round {other.round} but not of this state"
                 )
     return ""
+
+
+def _with_unjudged(
+    changes: Mapping[str, Changes], others: Mapping[str, Changes]
+) -> dict[str, Changes]:
+    """Return ``changes`` and, where a site has nobody who accepts with a label, the others."""
+    sites = sorted(changes.keys() | others.keys())
+    return {site: {**others.get(site, {}), **changes.get(site, {})} for site in sites}
 
 
 def _lines(changes: Mapping[str, Changes], settings: RunSettings) -> list[GateLine]:

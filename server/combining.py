@@ -50,16 +50,17 @@ def combined(
     """
     settings, plan, begun = run.settings, run.plan, time.monotonic()
     bad = bad_left(settings.robust, settings.bad_sites, len(updates), refused)
-    chosen = ROBUST_RULES[settings.robust](plan, updates, bad or 0, sent)
+    given = list(updates)
+    if run.continued:
+        given += stand_ins(run.continued, plan, run.first, updates)
+    chosen = ROBUST_RULES[settings.robust](plan, given, bad or 0, sent)
     chosen = bounded_updates(settings, plan, number, sent, chosen)
     shares = None
     weighs = settings.robust not in ("none", *COORDINATE_RULES)
-    if weighs or any(update.share < 1 for update in chosen):
-        names = {update.site for update in updates}
+    names = {update.site for update in updates}
+    if weighs or any(update.share < 1 for update in chosen if update.site in names):
         shares = {update.site: update.share for update in chosen if update.site in names}
         run.folder.event("weighed", round=number, rule=settings.robust, bad=bad, shares=shares)
-    if run.continued:
-        chosen = [*chosen, *stand_ins(run.continued, plan, run.first, updates)]
     aggregate = STRATEGIES[settings.strategy](plan, chosen)
     count = len(updates)
     mean = with_site_noise(run.folder, settings, plan, number, sent, aggregate.state, count)

@@ -14,11 +14,11 @@ other: the same rounds, gate, release, checkpoints and report. Over and over the
 
 A process that was killed goes on with the version that was under way, after its last finished
 round; between two versions there is nothing to lose. A version that cannot go on, because its
-sites are gone, is dropped after some looks, and the sites announce their cases again.
+sites are gone, is dropped after some looks. It begins again once sites announce other cases, or
+leave and come again; so does one that came to its end without anybody judging it.
 """
 
 import logging
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,6 +34,8 @@ from dafne_federated.server.continuation import continuation
 from dafne_federated.server.exchange import exchange
 from dafne_federated.server.generation import (
     add_version,
+    counts,
+    drop_version,
     generation_info,
     is_closed,
     last_trained,
@@ -56,6 +58,9 @@ class _Seen:
     nodes: frozenset[int] = frozenset()
     members: Members | None = None
     told: dict[str, int] = field(default_factory=dict)
+    vain: dict[str, int] = field(
+        default_factory=dict
+    )  # announced for a version that came to nothing
 
 
 def run_generation(
@@ -82,6 +87,8 @@ def run_generation(
             if version is not None:
                 _finish(grid, folder, version, key)
                 failed = 0
+                if not counts(version):
+                    seen.vain = _announced(version)
                 continue
         except RunError as error:
             log.warning("no version: %s", error)
@@ -89,7 +96,8 @@ def run_generation(
             failed = failed + 1 if under_way else 1
             if under_way and failed >= _LOOKS:
                 folder.event("version dropped", version=_number(under_way))
-                shutil.rmtree(under_way.path)
+                seen.vain = _announced(under_way)
+                drop_version(under_way)
         pause(every)
 
 
@@ -125,13 +133,15 @@ def _next_version(grid: Grid, folder: RunFolder, seen: _Seen) -> RunFolder | Non
     """Ask the sites, and make the next version if enough of them have new cases."""
     info, plan = folder.info(), folder.plan()
     nodes = frozenset(grid.get_node_ids())
-    if seen.members is None or nodes != seen.nodes:
-        seen.members, seen.nodes = gather(grid, folder, info, plan), nodes
+    if nodes != seen.nodes:
+        seen.vain = {}
+    if seen.members is None or nodes != seen.nodes or seen.members.declined:
+        seen.members, seen.nodes = gather(grid, folder, info, plan, seen.members), nodes
     found = ask_news(grid, folder, seen.members)
     if found != seen.told:
         seen.told = found
         folder.event("new cases", sites=found)
-    if len(found) < info.settings.min_sites:
+    if len(found) < info.settings.min_sites or found == seen.vain:
         return None
     version = add_version(folder, first_state(info, plan), found)
     folder.event("version begun", version=_number(version), sites=found)
@@ -151,6 +161,11 @@ def _finish(grid: Grid, folder: RunFolder, version: RunFolder, key: Path | None)
         sites=used,
     )
     log.info("version %d: %s", _number(version), result.reason)
+
+
+def _announced(version: RunFolder) -> dict[str, int]:
+    record = continuation(version)
+    return record.new_cases if record else {}
 
 
 def _number(version: RunFolder) -> int:

@@ -131,8 +131,11 @@ def make_server(path: Path, chosen: ServerSettings) -> ServerFolder:
 
 def home_of(run: RunFolder) -> ServerFolder | None:
     """Return the coordinator that a run belongs to; None for one of a simulation."""
-    folder = ServerFolder(run.path.resolve().parent.parent)
-    return folder if folder.settings_file.exists() and folder.release_key.exists() else None
+    for parent in run.path.resolve().parents:  # a version lies deeper than a run
+        folder = ServerFolder(parent)
+        if folder.settings_file.exists() and folder.release_key.exists():
+            return folder
+    return None
 
 
 def signing_key(run: RunFolder) -> Path | None:

@@ -21,7 +21,12 @@ from dafne_federated.core.run_folder import RunFolder, RunInfo
 from dafne_federated.core.settings import RunSettings
 from dafne_federated.core.state import State
 from dafne_federated.core.strategy_table import STRATEGY_TABLE
-from dafne_federated.server.continuation import Absent, Continuation, keep_continuation
+from dafne_federated.server.continuation import (
+    Absent,
+    Continuation,
+    continuation,
+    keep_continuation,
+)
 
 
 class GenerationInfo(BaseModel):
@@ -102,16 +107,42 @@ def versions(folder: RunFolder) -> list[RunFolder]:
     return [RunFolder(path.parent) for path in found]
 
 
+def generation_of(version: RunFolder) -> RunFolder | None:
+    """Return the generation that a version belongs to; None if the run is no version of one."""
+    folder = RunFolder(version.path.absolute().parent.parent)
+    return folder if continuation(version) and is_generation(folder) else None
+
+
+def earlier_releases(version: RunFolder) -> list[str]:
+    """Return the SHA-256 of what was released before a version of its generation."""
+    folder = generation_of(version)
+    if folder is None:
+        return []
+    own = version.info().created
+    before = [v for v in versions(folder) if v.info().created < own and is_closed(v)]
+    return [v.result().release_digest for v in before if v.result().released]
+
+
 def is_closed(version: RunFolder) -> bool:
     """Return whether a version came to its end, with a release or without."""
     return (version.path / "result.json").exists()
 
 
+def counts(version: RunFolder) -> bool:
+    """Return whether a version uses up the new cases of its sites: not if nobody judged it."""
+    decision = version.result().decision if is_closed(version) else None
+    return decision is None or bool(decision.looked_at)
+
+
 def last_trained(folder: RunFolder) -> dict[str, str]:
-    """Return the last run in which an update of a site was used, by name of the site."""
+    """Return the last run in which an update of a site was used, by name of the site.
+
+    A version that came to its end without anybody judging it is as if it had not been.
+    """
     return {
         name: version.info().run
         for version in versions(folder)
+        if counts(version)
         for line in version.rounds()
         for name, site in line.sites.items()
         if line.trained and site.training_cases
@@ -160,6 +191,13 @@ def add_version(folder: RunFolder, first: State, new_cases: Mapping[str, int]) -
     path = folder.path / "versions" / f"{record.version:04d}"
     os.replace(made.path, path)
     return RunFolder(path)
+
+
+def drop_version(version: RunFolder) -> None:
+    """Remove a version; a kill meanwhile leaves nothing that looks like one."""
+    gone = version.path.with_name(f".dropped-{version.path.name}")
+    os.replace(version.path, gone)
+    shutil.rmtree(gone)
 
 
 def _contained(released: list[RunFolder]) -> dict[str, Absent]:

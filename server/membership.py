@@ -54,10 +54,23 @@ class Members:
     bytes_up: dict[str, int]
 
 
-def gather(grid: Grid, folder: RunFolder, info: RunInfo, plan: AdaptationPlan) -> Members:
+def gather(
+    grid: Grid,
+    folder: RunFolder,
+    info: RunInfo,
+    plan: AdaptationPlan,
+    before: Members | None = None,
+) -> Members:
     """Offer the run to every site online and see to it that each has the base.
 
     The base goes down once; a site that has it from an earlier run or round gets none.
+
+    Args:
+        grid: Flower's connection to the sites.
+        folder: Where it is kept who takes part, unless they are those of ``before``.
+        info: What the run was started with.
+        plan: What is trained.
+        before: Who took part at the last look.
 
     Raises:
         RunError: Fewer sites than ``min_sites`` are online or take part.
@@ -124,7 +137,9 @@ def gather(grid: Grid, folder: RunFolder, info: RunInfo, plan: AdaptationPlan) -
     _send_base(grid, info, base, needing, members)
     for name, reason in sorted(members.declined.items()):
         log.warning("%s does not take part: %s", name, reason)
-    folder.event("members", sites=sorted(members.nodes), declined=members.declined)
+    same = before and (before.nodes.keys(), before.declined)
+    if same != (members.nodes.keys(), members.declined):
+        folder.event("members", sites=sorted(members.nodes), declined=members.declined)
     if len(members.nodes) < settings.min_sites:
         reasons = "; ".join(f"{name}: {why}" for name, why in sorted(members.declined.items()))
         msg = f"expected at least {settings.min_sites} sites, got {len(members.nodes)}; {reasons}"

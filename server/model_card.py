@@ -20,6 +20,7 @@ from dafne_federated.core.model_file import ModelFile
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RoundLine, RunInfo, RunResult
 from dafne_federated.server.acceptance import INTERVAL_FROM
+from dafne_federated.server.continuation import Absent, Continuation
 
 CARD_PAGE = "model-card.html"
 CARD_DATA = "model-card.json"
@@ -31,6 +32,7 @@ class CardSite(BaseModel):
     Attributes:
         site: Its name.
         training_cases: Cases that it trained on; 0 for one that only measured.
+        earlier_cases: Those that it trained on for the version that this one started from.
         choose: Validation persons who chose the round.
         accept: Validation persons who accepted it.
         lacks: Labels that nobody annotated there.
@@ -40,13 +42,14 @@ class CardSite(BaseModel):
 
     site: str
     training_cases: int
+    earlier_cases: int
     choose: int
     accept: int
     lacks: tuple[str, ...]
 
 
 class CardDice(BaseModel):
-    """Mean Dice of one label over all validation persons of one site."""
+    """Mean Dice of one label over all validation persons of one site, from the start on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -71,6 +74,7 @@ class ModelCard(BaseModel):
     intended_use: tuple[str, ...]
     base_name: str
     base_version: int
+    start: str
     digests: dict[str, str]
     sites: tuple[CardSite, ...]
     method: dict[str, Any]
@@ -88,6 +92,7 @@ def model_card(
     result: RunResult,
     base: ModelFile,
     model: ModelFile,
+    continued: Continuation | None = None,
 ) -> ModelCard:
     """Return the card of a release.
 
@@ -98,7 +103,10 @@ def model_card(
         result: How it ended.
         base: The base.
         model: The release.
+        continued: What it takes over, if it is a version of a federation that goes on.
     """
+    earlier = continued.contained if continued else {}
+    start = "the version that it started from" if earlier else "the base"
     settings, told = info.settings, model.metadata.get("info")
     about: Mapping[str, Any] = told if isinstance(told, dict) else {}
     known = model.metadata["federated"]
@@ -113,19 +121,22 @@ def model_card(
         intended_use=_intended_use(plan),
         base_name=info.base_name,
         base_version=base.timestamp_id,
+        start=start,
         digests={
             "release": model.digest,
             "release without times": model.content_digest,
             "base": info.base_digest,
             "plan": info.plan_digest,
         },
-        sites=_sites(rounds, result),
+        sites=_sites(rounds, result, earlier),
         method={
             key: known[key]
             for key in (
                 *("method", "rank", "strategy", "robust", "rounds", "epochs_per_round", "sites"),
                 *("training_cases", "wire", "statistics", "class_weights"),
+                *("version", "earlier_sites", "earlier_training_cases"),
             )
+            if key in known
         }
         | {"privacy": settings.privacy, "run": info.run, "software": info.versions},
         gate={
@@ -138,7 +149,7 @@ def model_card(
         reason=result.reason,
         decision=result.decision,
         dice=_dice(result),
-        limits=_limits(info, plan, rounds, result),
+        limits=_limits(info, plan, rounds, result, start),
     )
 
 
@@ -169,19 +180,23 @@ def _intended_use(plan: AdaptationPlan) -> tuple[str, ...]:
     )
 
 
-def _sites(rounds: list[RoundLine], result: RunResult) -> tuple[CardSite, ...]:
+def _sites(
+    rounds: list[RoundLine], result: RunResult, earlier: Mapping[str, Absent]
+) -> tuple[CardSite, ...]:
     number = result.round or 0
     found = []
-    for name in sorted({name for line in rounds[: number + 1] for name in line.sites}):
+    here = {name for line in rounds[: number + 1] for name in line.sites}
+    for name in sorted(here | earlier.keys()):
         own = [line.sites[name] for line in rounds[: number + 1] if name in line.sites]
         used = [site.training_cases for site in own if site.training_cases and site.share > 0]
         found.append(
             CardSite(
                 site=name,
                 training_cases=used[-1] if used else 0,
+                earlier_cases=earlier[name].cases if name in earlier else 0,
                 choose=max((c.persons for s in own for c in s.choose.values()), default=0),
                 accept=max((c.persons for s in own for c in s.accept.values()), default=0),
-                lacks=own[-1].lacks,
+                lacks=own[-1].lacks if own else earlier[name].lacks,
             )
         )
     return tuple(found)
@@ -201,7 +216,7 @@ def _dice(result: RunResult) -> tuple[CardDice, ...]:
 
 
 def _limits(
-    info: RunInfo, plan: AdaptationPlan, rounds: list[RoundLine], result: RunResult
+    info: RunInfo, plan: AdaptationPlan, rounds: list[RoundLine], result: RunResult, start: str
 ) -> tuple[str, ...]:
     said = []
     if result.decision is None:
@@ -209,18 +224,23 @@ def _limits(
     else:
         judged = {line.label: line for line in result.decision.lines if not line.site}
         if unknown := [label for label in plan.labels if label not in judged]:
-            said.append(f"Nobody who accepts has {', '.join(unknown)}: not judged.")
+            said.append(f"No validation person has {', '.join(unknown)}: not judged.")
         if few := [label for label, line in judged.items() if line.lower is None]:
             said.append(
-                f"Fewer than {INTERVAL_FROM} persons who accept have {', '.join(few)}: there the "
+                f"Fewer than {INTERVAL_FROM} of these persons have {', '.join(few)}: there the "
                 "mean alone was looked at, and chance may hide a fall."
             )
     said += [
         f"Measured at the {len(result.dice)} sites that took part; on scanners, sequences, "
         "diseases and ages that they do not have, nobody knows.",
-        "Means over persons: single persons can be worse than with the base.",
+        f"Means over persons: single persons can be worse than with {start}.",
         "What the base was trained on is known only as far as its own makers say.",
     ]
+    if start != "the base":
+        said.append(
+            "Changes are those from the version that it started from; each version may lose up to "
+            "the margin again, so compare with the base as well."
+        )
     if info.settings.privacy == "none":
         said.append(
             "No noise hides who was trained on; whoever has the model could try to find out."

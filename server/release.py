@@ -1,7 +1,7 @@
 """From the rounds of a run to a released `.model`, or to the reason why there is none."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +19,7 @@ from dafne_federated.core.settings import RunSettings
 from dafne_federated.core.signed_release import ReleaseManifest, sign
 from dafne_federated.core.strategy_table import STRATEGY_TABLE
 from dafne_federated.server.acceptance import decide
+from dafne_federated.server.continuation import Continuation, continuation
 from dafne_federated.server.model_card import CARD_DATA, CARD_PAGE, card_page, model_card
 from dafne_federated.server.reference_folder import reference_changes
 
@@ -52,9 +53,9 @@ def release(folder: RunFolder, key: Path | None = None) -> RunResult:
         return result
     base = parse_model(folder.base_bytes())
     model = adapted_model(base, plan, folder.state_after(number), info.created)
-    model = replace(
-        model, metadata={**model.metadata, "federated": provenance(info, plan, rounds, number)}
-    )
+    continued = continuation(folder)
+    told = provenance(info, plan, rounds, number, continued)
+    model = replace(model, metadata={**model.metadata, "federated": told})
     name = release_name(base, info.created)
     written = write_model(model, folder.release / f"{name}.model")
     result = RunResult(
@@ -69,7 +70,7 @@ def release(folder: RunFolder, key: Path | None = None) -> RunResult:
         decision=decision,
     )
     family, _, _ = name.partition("_")  # Dafne keeps one side-car for all versions of a name
-    card = model_card(info, plan, rounds, result, base, written)
+    card = model_card(info, plan, rounds, result, base, written, continued)
     texts = {
         f"{family}.json": json.dumps(sidecar_metadata(written), indent=4),
         CARD_DATA: card.model_dump_json(indent=2),
@@ -135,7 +136,11 @@ def _numbers(rounds: Sequence[int]) -> str:
 
 
 def provenance(
-    info: RunInfo, plan: AdaptationPlan, rounds: list[RoundLine], number: int
+    info: RunInfo,
+    plan: AdaptationPlan,
+    rounds: list[RoundLine],
+    number: int,
+    continued: Continuation | None = None,
 ) -> dict[str, Any]:
     """Return how a release came about, as JSON values for the model's metadata."""
     cases = {  # of each site that was used, as it said in its last such round
@@ -167,8 +172,22 @@ def provenance(
         "epochs_per_round": info.settings.epochs,
         "sites": len(cases),
         "training_cases": sum(cases.values()),
+        **_earlier(continued, cases),
         "software": info.versions,
         "date": datetime.fromtimestamp(info.created, UTC).date().isoformat(),
+    }
+
+
+def _earlier(continued: Continuation | None, cases: Mapping[str, int]) -> dict[str, Any]:
+    """Return which version it is, and what it contains of sites that did not train for it."""
+    if continued is None:
+        return {}
+    earlier = [own.cases for name, own in continued.contained.items() if name not in cases]
+    return {
+        "version": continued.version,
+        "start_sha256": continued.start_digest,
+        "earlier_sites": len(earlier),
+        "earlier_training_cases": sum(earlier),
     }
 
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dafne_federated.core.errors import RunError, first_fault
 from dafne_federated.core.files import write_atomic
 from dafne_federated.core.run_folder import RunFolder
+from dafne_federated.server.generation import generation_of
 from dafne_federated.server.release import mean_score
 
 CURRENT = "current-releases.json"
@@ -63,11 +64,12 @@ def releases(path: Path) -> list[Release]:
         RunError: A file of a run is damaged.
     """
     folder = _runs(path)
-    runs = [RunFolder(found.parent) for found in folder.glob("*/result.json")]
+    files = [*folder.glob("*/result.json"), *folder.glob("*/versions/[0-9]*/result.json")]
+    runs = [RunFolder(found.parent) for found in files]
     results = [(run, run.info(), run.result()) for run in runs]
     found = sorted(
         ((r, i, e) for r, i, e in results if e.released),
-        key=lambda item: (item[1].created, item[0].path.name),
+        key=lambda item: (item[1].created, run_name(item[0])),
     )
     names = [result.release.partition("_")[0] for _, _, result in found]
     newest = {n: e.release_digest for n, (_, _, e) in zip(names, found, strict=True)}
@@ -91,6 +93,12 @@ def releases(path: Path) -> list[Release]:
     ]
 
 
+def run_name(run: RunFolder) -> str:
+    """Return the name of a run; of a version of a generation, such as ``thigh/0002``."""
+    generation = generation_of(run)
+    return f"{generation.path.name}/{run.path.name}" if generation else run.path.name
+
+
 def release_of(path: Path, run: str) -> Release:
     """Return the release of a run by its name.
 
@@ -99,9 +107,9 @@ def release_of(path: Path, run: str) -> Release:
     """
     known = releases(path)
     for release in known:
-        if release.run.path.name == run:
+        if run_name(release.run) == run:
             return release
-    names = ", ".join(release.run.path.name for release in known) or "none"
+    names = ", ".join(run_name(release.run) for release in known) or "none"
     msg = f"expected a run with a release ({names}), got {run!r}"
     raise RunError(msg)
 

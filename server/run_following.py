@@ -24,6 +24,7 @@ from dafne_federated.server.deployment_runs import (
     is_finished,
     launch,
 )
+from dafne_federated.server.generation import versions
 
 _POLL = 0.5  # seconds between two looks at the run's folder
 _ASK = 10.0  # seconds between two questions to Flower
@@ -49,7 +50,7 @@ def follow(folder: ServerFolder, run: RunFolder, pause: float = _PAUSE) -> Itera
     seen, tries = len(list(run.events())), 0
     lost: LostRunError | None = None
     while True:
-        done = len(run.rounds())
+        done = _rounds_done(run)
         for attempt in _patiently():
             with attempt:
                 launch(folder, run, lost, seen)
@@ -70,7 +71,7 @@ def follow(folder: ServerFolder, run: RunFolder, pause: float = _PAUSE) -> Itera
             lost = error
         if is_finished(run):  # all but the last word was said
             return
-        tries = 0 if len(run.rounds()) > done else tries + 1
+        tries = 0 if _rounds_done(run) != done else tries + 1
         if tries == _TRIES:
             msg = f"{lost}, {tries} times without a new round in between"
             raise RunError(f"{msg}; {hint(folder, run)}") from None
@@ -132,6 +133,11 @@ def _require_not_stopped(folder: ServerFolder, run: RunFolder, event: Event) -> 
     if event["event"] == "stopped":
         msg = f"{event['reason']}; {hint(folder, run)}"
         raise RunError(msg)
+
+
+def _rounds_done(run: RunFolder) -> dict[str, int]:
+    """Return the finished rounds of a run and, of a generation, of each of its versions."""
+    return {own.info().run: len(own.rounds()) for own in (run, *versions(run))}
 
 
 def _patiently() -> tenacity.Retrying:

@@ -13,8 +13,10 @@ from dafne_federated.cli.app import app
 from dafne_federated.core.errors import DafneFederatedError
 from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.core.signed_release import MANIFEST, SIGNATURE
+from dafne_federated.server.continuation import Continuation, keep_continuation
 from dafne_federated.server.deployment_folder import ServerFolder, ServerSettings, make_server
-from tests.cli.test_models import BASE, OTHER, finished_run
+from dafne_federated.server.generation import GenerationInfo, make_generation
+from tests.cli.test_models import BASE, OTHER, STATE, finished_run
 
 
 @pytest.fixture
@@ -72,6 +74,38 @@ def test_going_back_holds_until_there_is_a_newer_release(coordinator: ServerFold
     assert current(coordinator) == ["third"]
     assert run("releases", "rollback", coordinator.path, "second").exit_code == 0
     assert current(coordinator) == ["second"]
+
+
+def test_versions_of_a_generation_are_listed_pushed_in_order_and_gone_back_to(
+    coordinator: ServerFolder, server: tuple[StandIn, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in, address = server
+    monkeypatch.setenv("DAFNE_API_KEY", KEY)
+    info = RunFolder(coordinator.runs / "first").info()
+    plan, base = RunFolder(coordinator.runs / "first").plan(), BASE
+    generation = RunFolder.create(coordinator.runs / "thigh", info, plan, base)
+    make_generation(generation, GenerationInfo())
+    for number in (1, 2):
+        path = generation.path / "versions" / f"{number:04d}"
+        made = finished_run(path, gain=0.2 + number / 100, created=START + 10 + number)
+        record = Continuation(version=number, start_digest="", new_cases={"a": 1})
+        keep_continuation(made, record, STATE)
+    assert [own["run"] for own in listed(coordinator)][2:] == ["thigh/0001", "thigh/0002"]
+    assert current(coordinator) == ["thigh/0002"]
+    files = [file_of(coordinator, f"thigh/versions/000{number}") for number in (1, 2)]
+    push = ("--yes", "--server", address)
+    for file in files:
+        assert run("models", "push", file, *push).exit_code == 0
+        assert stand_in.newest("Limb") == file.read_bytes()
+    # What was published after a version would be lost; and its signature is asked for.
+    assert run("models", "push", files[0], *push).exit_code == 3
+    done = run("releases", "rollback", coordinator.path, "thigh/0001", *push)
+    assert done.exit_code == 0, done.exception
+    assert stand_in.newest("Limb") == files[0].read_bytes()
+    assert current(coordinator) == ["thigh/0001"]
+    (files[1].parent / SIGNATURE).unlink()
+    with pytest.raises(DafneFederatedError, match=r"not published: .*not signed"):
+        raise run("models", "push", files[1], *push).exception
 
 
 @pytest.mark.parametrize("name", ["worse", "never"])

@@ -165,3 +165,16 @@ def test_a_site_without_validation_persons_has_no_say() -> None:
 def test_a_decision_is_kept_as_it_was() -> None:
     _, decision = decide([line(1, a=NOTHING), line(2, a=both(0.1, 0.1))], SETTINGS)
     assert GateDecision.model_validate_json(decision.model_dump_json()) == decision
+
+
+def test_a_label_that_only_those_who_choose_have_must_not_fall_there() -> None:
+    accepted: Changes = {"x": change(0.1, 0.1, 0.1)}
+    for fall, reason in ((-0.02, ""), (-0.06, "y of a falls by 0.060 (1 person), and 1 more")):
+        decision = accept({"a": accepted}, SETTINGS, {"a": {"x": change(-0.9), "y": change(fall)}})
+        assert decision.reason == reason
+        # They are neither counted nor in the mean, and do not speak beside one who accepts.
+        assert (decision.persons, decision.change) == (3, pytest.approx(0.1))
+        assert {own.label: own.persons for own in decision.lines if own.site} == {"x": 3, "y": 1}
+    rounds = [line(1, a=NOTHING), line(2, a=({"x": change(0.1), "y": change(-0.06)}, accepted))]
+    number, decision = decide(rounds, SETTINGS)
+    assert (number, "y of a falls" in decision.reason) == (None, True)

@@ -1,6 +1,7 @@
 """New cases make versions, each as good a run as any; who has none is not asked to train."""
 
 import itertools
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,18 +13,21 @@ from flwr.app import Message, RecordDict
 
 from dafne_federated.cli.server_history import history_lines
 from dafne_federated.core.errors import SettingsError
+from dafne_federated.core.model_file import read_model
 from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.core.settings import RunSettings
-from dafne_federated.core.state import state_bytes
+from dafne_federated.core.state import initial_state, state_bytes
 from dafne_federated.server.continuation import Absent, Continuation, continuation, staleness
 from dafne_federated.server.continuous import run_generation
 from dafne_federated.server.deployment_folder import ServerFolder
 from dafne_federated.server.generation import (
     GenerationInfo,
     check_continuous,
+    last_trained,
     make_generation,
     versions,
 )
+from dafne_federated.server.model_card import CARD_DATA, CARD_PAGE
 from dafne_federated.server.rounds import run_rounds
 from tests.server.conftest import PretendGrid, PretendSite, grid_of, stop_in
 
@@ -117,6 +121,30 @@ def test_only_sites_with_new_cases_train_and_all_measure(generation: Make) -> No
         {"site-a": 3, "site-b": 3, "site-c": 3},
         {"site-a": 4, "site-c": 5},
     ]
+
+
+def test_the_card_of_a_version_says_what_it_started_from_and_whom_it_contains(
+    generation: Make,
+) -> None:
+    folder = generation()
+    run(folder, grid_of(folder), more(a=1, b=1))
+    first, second = versions(folder)
+    cards = [json.loads((v.release / CARD_DATA).read_text()) for v in (first, second)]
+    pages = [(v.release / CARD_PAGE).read_text() for v in (first, second)]
+    assert "Change of Dice from the base in" in pages[0]
+    assert "Change of Dice from the version that it started from in" in pages[1]
+    assert "base as well" in cards[1]["limits"][-2]
+    assert [card["method"]["version"] for card in cards] == [1, 2]
+    assert [
+        {site["site"]: (site["training_cases"], site["earlier_cases"]) for site in card["sites"]}
+        for card in cards
+    ] == [
+        {"site-a": (3, 0), "site-b": (3, 0), "site-c": (3, 0)},
+        {"site-a": (4, 3), "site-b": (4, 3), "site-c": (0, 3)},
+    ]
+    told = read_model(second.release / second.result().release).metadata["federated"]
+    assert (told["sites"], told["training_cases"]) == (2, 8)
+    assert (told["earlier_sites"], told["earlier_training_cases"]) == (1, 3)
 
 
 def test_states_accumulate_and_each_release_is_newer(generation: Make) -> None:
@@ -220,7 +248,7 @@ def test_a_kill_anywhere_ends_in_the_same_bits(generation: Make, moment: Any) ->
     assert digests[0] == digests[1]
 
 
-def test_a_version_whose_sites_are_gone_is_dropped_and_announced_again(generation: Make) -> None:
+def test_a_version_whose_sites_are_gone_is_dropped_until_other_cases_come(generation: Make) -> None:
     folder = generation(deadline=0.1, retries=0)
     grid = grid_of(folder, "ab")
 
@@ -229,13 +257,85 @@ def test_a_version_whose_sites_are_gone_is_dropped_and_announced_again(generatio
 
     def back(sites: dict[str, PretendSite]) -> None:
         sites["site-b"].change = lambda _, content: content
+        more(a=1)(sites)
 
     list(grid.sites.values())[1].change = gone
-    run(folder, grid, lambda _: None, lambda _: None, lambda _: None, back)
+    run(folder, grid, *[lambda _: None] * 9, back)
     kinds = [event["event"] for event in folder.events()]
     assert kinds.count("version dropped") == 1
+    assert kinds.count("version begun") == 2
     assert kinds.count("version finished") == 1
+    assert [path.name for path in (folder.path / "versions").iterdir()] == ["0001"]
     assert [trained(version) for version in versions(folder)] == [["site-a", "site-b"]]
+
+
+def test_what_was_dropped_begins_again_when_a_site_left_and_came_again(generation: Make) -> None:
+    folder = generation(deadline=0.1, retries=0)
+    grid = grid_of(folder, "ab")
+    node, site = list(grid.sites.items())[1]
+
+    def gone(message: Message, content: RecordDict) -> Any:
+        return None if message.metadata.message_type == "train.round" else content
+
+    def come_again(_sites: dict[str, PretendSite]) -> None:
+        site.change = lambda _, content: content
+        grid.sites[node + 100] = grid.sites.pop(node)
+
+    site.change = gone
+    run(folder, grid, *[lambda _: None] * 4, come_again)
+    assert [trained(version) for version in versions(folder)] == [["site-a", "site-b"]]
+
+
+def test_a_site_that_declined_is_asked_again_and_told_once(generation: Make) -> None:
+    folder = generation()
+    grid = grid_of(folder)
+
+    def decline(message: Message, content: RecordDict) -> RecordDict:
+        if message.metadata.message_type == "query.offer":
+            content["message"]["status"] = "refused"
+            content["message"]["reason"] = "not approved"
+        return content
+
+    def approve(sites: dict[str, PretendSite]) -> None:
+        sites["site-c"].change = lambda _, content: content
+        more(a=1)(sites)
+
+    list(grid.sites.values())[2].change = decline
+    run(folder, grid, lambda _: None, lambda _: None, approve)
+    assert [trained(version) for version in versions(folder)] == [
+        ["site-a", "site-b"], ["site-a", "site-c"]
+    ]  # fmt: skip
+    told = [event["declined"] for event in folder.events() if event["event"] == "members"]
+    assert told == [{"site-c": "not approved"}, {}]
+
+
+def test_a_version_that_nobody_judged_uses_up_no_cases(generation: Make) -> None:
+    folder = generation()
+    grid = grid_of(folder)
+
+    def silent(message: Message, content: RecordDict) -> RecordDict:
+        """Let nobody measure, in the rounds after the first, what was measured in it."""
+        if "metrics" in content and message.metadata.group_id in "23":
+            metrics = content.metric_records["metrics"]
+            for name in ("change-persons", "change-total", "change-squares"):
+                metrics[name] = [0 * value for value in metrics[name]]
+        return content
+
+    sites = list(grid.sites.values())
+    sites[0].change = silent
+
+    def mend(_sites: dict[str, PretendSite]) -> None:
+        sites[0].change = lambda _, content: content
+
+    def look(_sites: dict[str, PretendSite]) -> None:
+        (version,) = versions(folder)  # and no other with the same cases
+        decision = version.result().decision
+        assert decision is not None
+        assert not decision.looked_at
+        assert last_trained(folder) == {}
+
+    run(folder, grid, lambda _: None, look, mend, more(b=1))
+    assert [trained(v) for v in versions(folder)] == [["site-a", "site-b", "site-c"]] * 2
 
 
 def test_a_site_of_an_earlier_version_keeps_its_missing_labels(generation: Make) -> None:
@@ -298,3 +398,28 @@ def test_the_history_names_every_generation_and_who_trained(
     assert "site-a 4, site-b 4; Dice" in lines[2]
     assert lines[3].startswith("generation 2: second, base version 0002 of first (")
     assert lines[4:] == ["  no version yet"]
+
+
+def test_no_site_outweighs_those_that_trained_earlier_and_all_others(generation: Make) -> None:
+    """By hand: 3 / sqrt(2) and 1 / sqrt(2) cases of earlier trainers bound one of 100."""
+    from dafne_federated.server.combining import combined
+    from dafne_federated.server.federation import Federation
+    from dafne_federated.server.membership import Members
+    from dafne_federated.strategies.aggregation import Update
+
+    folder = generation(strategy="factors")
+    plan = folder.plan()
+    first = initial_state(plan, 0)
+    delta = next(name for name in first if name.endswith("/delta"))
+    moved = {**first, delta: first[delta] + np.float32(1)}
+    record = Continuation(
+        version=2,
+        start_digest="",
+        new_cases={"a": 100},
+        contained={"b": Absent(cases=3, behind=1), "c": Absent(cases=1, behind=1)},
+    )
+    members = Members({}, {}, {}, {}, {}, {})
+    federation = Federation(folder, folder.info(), plan, members, 1, first, None, record)
+    result = combined(federation, 1, first, [Update("a", moved, 100)], 0)
+    np.testing.assert_allclose(result.state[delta], first[delta] + 0.5, rtol=1e-5, atol=1e-6)
+    assert result.shares == {"a": pytest.approx(4 / math.sqrt(2) / 100)}

@@ -7,8 +7,14 @@ import pytest
 from cryptography import x509
 
 from dafne_federated.core.errors import SettingsError
+from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.server.certificates import days_left, host_names
-from dafne_federated.server.deployment_folder import ServerFolder, ServerSettings, make_server
+from dafne_federated.server.deployment_folder import (
+    ServerFolder,
+    ServerSettings,
+    make_server,
+    signing_key,
+)
 
 CHOSEN = ServerSettings(hosts=("federation.example.org", "10.0.0.7"))
 
@@ -90,3 +96,10 @@ def test_a_folder_of_something_else_is_named(tmp_path: Path) -> None:
         _ = ServerFolder(tmp_path).settings
     with pytest.raises(SettingsError, match="expected the name of a run"):
         ServerFolder(tmp_path).run_path("../other")
+
+
+def test_a_version_is_signed_by_the_coordinator_that_it_lies_in(tmp_path: Path) -> None:
+    folder = make_server(tmp_path / "c", CHOSEN)
+    for path in (folder.runs / "thigh", folder.runs / "thigh" / "versions" / "0002"):
+        assert signing_key(RunFolder(path)) == folder.release_key
+    assert signing_key(RunFolder(tmp_path / "simulated" / "versions" / "0002")) is None

@@ -122,6 +122,26 @@ def test_it_is_given_up_after_some_starts_without_a_new_round(
     assert len(losses) == 8 + 6
 
 
+def test_rounds_of_the_versions_of_a_generation_are_progress(
+    server: ServerFolder, run: RunFolder, starts: Starts
+) -> None:
+    made: list[RunFolder] = []
+
+    def next_version_and_fail() -> None:
+        if len(made) < 8:
+            path = run.path / "versions" / f"{len(made) + 1:04d}"
+            info = run.info().model_copy(update={"run": f"{len(made) + 1:032d}"})
+            made.append(RunFolder.create(path, info, run.plan(), b"base"))
+            (path / "continues.json").write_text("{}")
+            end_round(made[-1])
+        run.event("failed", reason="again")
+
+    losses = starts([next_version_and_fail])
+    with pytest.raises(RunError, match="6 times without a new round in between; see"):
+        list(follow(server, run, pause=0.0))
+    assert len(losses) == 8 + 6
+
+
 def test_what_stopped_in_words_is_not_started_again(
     server: ServerFolder, run: RunFolder, starts: Starts
 ) -> None:
