@@ -113,11 +113,12 @@ def watch(folder: ServerFolder, run: RunFolder, seen: int) -> Iterator[Event]:
         if not begun and now - begin > START_WAIT:
             msg = f"the program of the run did not begin within {START_WAIT:g} s"
             raise LostRunError(msg, number)
-        if now - asked > _ASK:
+        # Whoever holds the lock works on it, whatever Flower thinks, or will soon let it go. So
+        # Flower is not asked then: its command takes seconds, in which the end would not be seen.
+        if now - asked > _ASK and not run.is_locked():
             asked = now
             status = flower_status(folder, run)
             said = list(run.events())[seen:]
-            # Whoever holds the lock works on it, whatever Flower thinks, or will soon let it go.
             if status.startswith("finished") and not said and not run.is_locked():
                 raise LostRunError(f"Flower ended the run as {status}", number)
         time.sleep(_POLL)

@@ -220,6 +220,14 @@ def test_a_run_under_way_is_followed_and_taken_over_when_it_is_lost(
     server: ServerFolder, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_following, "_GONE", 0.5)
+    monkeypatch.setattr(run_following, "_ASK", 0.0)
+    asked_under_way = []
+
+    def status(_folder: ServerFolder, run: RunFolder) -> str:
+        asked_under_way.append(run.is_locked())
+        return "running"
+
+    monkeypatch.setattr(run_following, "flower_status", status)
     program = subprocess.Popen([sys.executable, "-P", "-c", HOLD, str(run.path)])
     while not list(run.events()) or not run.is_locked():
         assert program.poll() is None
@@ -236,3 +244,4 @@ def test_a_run_under_way_is_followed_and_taken_over_when_it_is_lost(
     assert kinds(list(follow(server, run, pause=0.0))) == ["lost", "finished"]
     program.wait()
     killing.join()
+    assert not any(asked_under_way)  # it costs seconds, and would change nothing
