@@ -22,11 +22,11 @@ from dafne_federated.core.handshake import (
     versions_said,
     with_protocol,
 )
-from dafne_federated.core.local_part import global_part, silenced, with_local
+from dafne_federated.core.local_part import global_part, silenced
 from dafne_federated.core.news import NewsReply, NewsRequest
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.privacy_accountant import UNIT
-from dafne_federated.core.state import State, without_factors
+from dafne_federated.core.state import without_factors
 from dafne_federated.core.wire import (
     BaseModelBytes,
     BaseReply,
@@ -188,7 +188,7 @@ def _round(message: Message, context: Context, train: bool) -> Message:
         return _round_reply(request, settings, status, reason, {}).to_record()
 
     def act(site: "Site") -> RecordDict:
-        from dafne_federated.client.gate_evidence import compared_with_start
+        from dafne_federated.client.gate_evidence import compared_with_start, first_state
         from dafne_federated.client.limits import require_epochs
         from dafne_federated.client.private_round import require_noise, train_privately
         from dafne_federated.client.site import dice_by_label
@@ -203,7 +203,7 @@ def _round(message: Message, context: Context, train: bool) -> Message:
         rows: list[Agreement] = []
         change: dict[str, object] = {}
         if site.settings.share_dice:
-            first = _first(plan, request, message.content)
+            first = first_state(plan, request, message.content)
             rows, change = compared_with_start(site, plan, common, first)
         dice, counts = dice_by_label(plan, rows)
         fields: dict[str, object] = {
@@ -256,16 +256,6 @@ def _round(message: Message, context: Context, train: bool) -> Message:
         return _round_reply(request, site.settings, "ok", "", fields).to_record(arrays)
 
     return _answer(message, context, act, respond)
-
-
-def _first(plan: AdaptationPlan, request: RoundRequest, content: RecordDict) -> State | None:
-    """Return the state that the run started from, as it is measured, if it came along."""
-    if not request.first:
-        return None
-    arrays = content.array_records
-    alone = RecordDict({"arrays": arrays["first"]} if "first" in arrays else {})
-    first = take_state(alone, plan, request.wire)
-    return silenced(with_local(first, None, request.local_rank, 0), request.local_rank)
 
 
 def _told_missing(site: "Site", plan: AdaptationPlan) -> tuple[int, ...]:

@@ -5,18 +5,37 @@ The Dice of each person stay here; what leaves is how many persons there were, a
 
 import json
 
+from flwr.app import RecordDict
 from pydantic import TypeAdapter, ValidationError
 
 from dafne_federated.client.site import Site
 from dafne_federated.core.dataset import open_folder
 from dafne_federated.core.files import arrays_digest, sha256, write_atomic
+from dafne_federated.core.local_part import silenced, with_local
 from dafne_federated.core.metrics import Agreement
 from dafne_federated.core.paired_changes import change_fields, paired_changes
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.state import State, initial_state, state_rank
 from dafne_federated.core.versions import software_version
+from dafne_federated.core.wire import RoundRequest
+from dafne_federated.core.wire_arrays import take_state
 
 _ROWS = TypeAdapter(list[Agreement])
+
+
+def first_state(plan: AdaptationPlan, request: RoundRequest, content: RecordDict) -> State | None:
+    """Return the state that the run started from, as it is measured, if it came along.
+
+    Raises:
+        MessageError: It should have, and did not.
+        StateError: It does not fit the plan.
+    """
+    if not request.first:
+        return None
+    arrays = content.array_records
+    alone = RecordDict({"arrays": arrays["first"]} if "first" in arrays else {})
+    first = take_state(alone, plan, request.wire)
+    return silenced(with_local(first, None, request.local_rank, 0), request.local_rank)
 
 
 def compared_with_start(

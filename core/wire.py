@@ -31,7 +31,10 @@ _PLAIN = r"^[^\x00-\x1f\x7f-\x9f\u{2028}\u{2029}]*$"
 Reason = Annotated[str, Field(max_length=500, pattern=_PLAIN)]
 Version = Annotated[str, Field(max_length=40)]
 Counts = Annotated[list[Annotated[int, Field(ge=0, le=2**53)]], Field(max_length=256)]
-_CHANGE = frozenset({"change-persons", "change-total", "change-squares"})
+_MEASURED = frozenset(
+    {"training-cases", "training-slices", "loss", "seconds", "dice", "dice-cases"}
+)
+_MEASURED |= {"evaluation-seconds", "change-persons", "change-total", "change-squares"}
 SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$")]
 
 
@@ -298,13 +301,7 @@ class RoundReply(WireMessage):
             hides persons and whose people did not say which.
     """
 
-    metrics: ClassVar[frozenset[str]] = (
-        frozenset(
-            {"training-cases", "training-slices", "loss", "seconds", "evaluation-seconds", "dice"}
-        )
-        | {"dice-cases", "epsilon", "delta", "steps"}
-        | _CHANGE
-    )
+    metrics: ClassVar[frozenset[str]] = _MEASURED | {"epsilon", "delta", "steps"}
 
     protocol: Literal[1] = 1
     run: str = Field(pattern=r"^[0-9a-f]{32}$")
