@@ -57,7 +57,12 @@ def list_command(folder: Folder, json_output: AsJson = False) -> None:
 @app.command("rollback")
 def rollback(
     folder: Folder,
-    run: Annotated[str, typer.Argument(help="Run whose release shall be the current one.")],
+    run: Annotated[
+        str,
+        typer.Argument(
+            help="Run, or version such as thigh/0002, whose release shall be the current one."
+        ),
+    ],
     server: Annotated[
         str | None, typer.Option(help="Dafne server on which it shall be the newest again.")
     ] = None,

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from dafne_federated.core.approvals import Approvals
 from dafne_federated.core.dataset import load_case, open_folder
+from dafne_federated.core.low_rank import widen
 from dafne_federated.core.metrics import Agreement
 from dafne_federated.core.model_file import parse_model
 from dafne_federated.core.paired_changes import Changes, paired_changes
+from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.core.state import State, initial_state, state_rank
 from dafne_federated.server.continuation import continuation, start_state
@@ -47,14 +49,15 @@ def _measure(folder: RunFolder, state: State) -> Changes:
     settings, plan = folder.info().settings, folder.plan()
     prepare_backend(settings.threads, settings.device)
     model = RunningModel(parse_model(folder.base_bytes()), Approvals())
-    rank = state_rank(plan, state)
-    adapted = AdaptedNetwork(model.network, plan, rank)
     images = open_folder(Path(settings.reference))
     rows: list[list[Agreement]] = []
     record = continuation(folder)
-    first = start_state(folder, record) if record else initial_state(plan, 0, rank)
-    for measured in (first, state):
-        adapted.write(measured)
+    first = start_state(folder, record) if record else initial_state(plan, 0)
+    pair = (first, state)  # whose ranks may differ
+    rank = max(state_rank(plan, one) for one in pair)
+    adapted = AdaptedNetwork(model.network, plan, rank)
+    for measured in pair:
+        adapted.write(_at_rank(plan, measured, rank))
         found: list[Agreement] = []
         for ref in images.cases:
             case = load_case(ref, images.labels)
@@ -63,3 +66,13 @@ def _measure(folder: RunFolder, state: State) -> Changes:
     persons = {ref.name: ref.person for ref in images.cases}
     _, accepts = paired_changes(rows[0], rows[1], persons, frozenset(persons.values()))
     return accepts
+
+
+def _at_rank(plan: AdaptationPlan, state: State, rank: int) -> State:
+    """Return the same state with pairs of at least this rank; zeros change nothing."""
+    wide = dict(state)
+    for target in plan.targets:
+        if target.low_rank:
+            a, b = f"{target.key}/a", f"{target.key}/b"
+            wide[a], wide[b] = widen((state[a], state[b]), rank)
+    return wide
