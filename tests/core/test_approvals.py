@@ -1,5 +1,6 @@
 """Only a model whose exact bytes were approved may run."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,3 +46,13 @@ def test_a_damaged_list_approves_nothing(tmp_path: Path) -> None:
 def test_the_list_is_the_persons_own_by_default(own_home: Path) -> None:
     assert home_folder() == own_home
     assert Approvals().path.parent == own_home
+
+
+def test_two_commands_at_once_lose_no_approval(tmp_path: Path) -> None:
+    def approve(number: int) -> None:
+        model = replace(MODEL, digest=f"{number:064x}")
+        Approvals(tmp_path / "list.json").add(model, "at once")
+
+    with ThreadPoolExecutor(8) as pool:  # each opens the lock anew, as another process would
+        list(pool.map(approve, range(40)))
+    assert len(Approvals(tmp_path / "list.json").entries()) == 40

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import ssl
 import subprocess
@@ -17,6 +18,8 @@ import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("backend")]
 
+from dafne_federated.client import work_starter  # noqa: E402
+from dafne_federated.client.deployment_folder import SiteFolder  # noqa: E402
 from dafne_federated.core.errors import RunError  # noqa: E402
 from dafne_federated.core.flower_bundle import write_app  # noqa: E402
 from dafne_federated.core.flower_command import CONNECTION, flwr  # noqa: E402
@@ -136,14 +139,11 @@ def test_a_doctored_base_of_the_same_name_is_refused_and_the_change_shown(
     assert prepared(deployment) == before
 
 
-def test_a_bundle_with_code_is_refused_and_no_bundle_is_unpacked(
-    deployment: Deployment, finished: RunFolder, tmp_path: Path
-) -> None:
-    marker, server = tmp_path / "it-ran", deployment.server
+def coded_run(deployment: Deployment, finished: RunFolder, name: str, marker: Path) -> RunFolder:
+    """Start a run whose bundle holds a program that would leave ``marker`` behind."""
+    server = deployment.server
     info = finished.info().model_copy(update={"run": uuid.uuid4().hex})
-    run = RunFolder.create(
-        server.run_path("coded"), info, finished.plan(), finished.base.read_bytes()
-    )
+    run = RunFolder.create(server.run_path(name), info, finished.plan(), finished.base.read_bytes())
     with tempfile.TemporaryDirectory(prefix="coded-") as folder:
         write_app(Path(folder), run.path)
         project = Path(folder) / "pyproject.toml"
@@ -155,6 +155,14 @@ def test_a_bundle_with_code_is_refused_and_no_bundle_is_unpacked(
         started = flwr(["run", folder, CONNECTION], server.environment, server.home)
     number = FlowerRun(run_id=str(started["run-id"]))
     (run.path / "flower.json").write_text(number.model_dump_json())
+    return run
+
+
+def test_a_bundle_with_code_is_refused_and_no_bundle_is_unpacked(
+    deployment: Deployment, finished: RunFolder, tmp_path: Path
+) -> None:
+    marker, server = tmp_path / "it-ran", deployment.server
+    run = coded_run(deployment, finished, "coded", marker)
     words = "declined: the bundle holds more than configuration"
     with pytest.raises(RunError, match=f"clinic: {words}; hospital: {words}"):
         list(follow(server, run, 0))
@@ -167,12 +175,28 @@ def test_a_bundle_with_code_is_refused_and_no_bundle_is_unpacked(
         assert "refused: the bundle holds" in deployment.done("site", "status", site.path)
 
 
+def checked(deployment: Deployment, site: SiteFolder) -> dict[str, tuple[str, str]]:
+    found = json.loads(deployment.command("site", "check", site.path, "--json").stdout)
+    return {one["name"]: (one["status"], one["found"]) for one in found}
+
+
+def test_a_site_that_takes_part_is_checked_while_it_runs(
+    deployment: Deployment, finished: RunFolder
+) -> None:
+    found = checked(deployment, deployment.sites["clinic"])
+    assert found["key"] == ("ok", "registered with the coordinator")
+    assert {status for status, _ in found.values()} <= {"ok", "warn"}
+    assert any(name.startswith("step of Squares") for name in found)
+    assert deployment.done("server", "sites", deployment.server.path).count("online") == 2
+
+
 def test_a_key_that_is_not_registered_and_a_foreign_coordinator_come_to_nothing(
     deployment: Deployment, tmp_path: Path
 ) -> None:
     other = make_server(tmp_path / "other", ServerSettings(hosts=("localhost",)))
     data = deployment.path / "data-clinic"
     stranger = deployment.make_site("stranger", data)
+    assert checked(deployment, stranger)["key"] == ("fail", "not registered with the coordinator")
     deceived = deployment.make_site("deceived", data, other.authority)
     words = {stranger: "Failed to activate", deceived: "CERTIFICATE_VERIFY_FAILED"}
     started = [deployment.started("site", "start", site.path) for site in words]
@@ -237,3 +261,32 @@ def test_a_site_that_is_revoked_is_sent_away_and_its_key_stays_out(
     )
     assert (again.returncode, "this key was registered before" in again.stderr) == (1, True)
     assert [site["name"] for site in json.loads(server.sites.read_text())] == ["clinic", "hospital"]
+
+
+def test_where_the_guard_vanishes_while_a_site_runs_nothing_runs(
+    deployment: Deployment, finished: RunFolder, tmp_path: Path
+) -> None:
+    installed = work_starter.GUARD.parent.parent
+    for folder in ("cli", "client", "core", "server", "simulations", "strategies"):
+        shutil.copytree(installed / folder, tmp_path / "copy/dafne_federated" / folder)
+    practice = deployment.make_site("practice", deployment.path / "data-clinic")
+    server, request = deployment.server, practice.request_file("practice")
+    deployment.done("server", "register", server.path, "practice", request)
+    copied = replace(
+        deployment, environment=deployment.environment | {"PYTHONPATH": str(tmp_path / "copy")}
+    )
+    process = copied.started("site", "start", practice.path)
+    try:
+        words = "practice             online"
+        wait_for(lambda: words in deployment.done("server", "sites", server.path), 120)
+        (tmp_path / "copy/dafne_federated/client/guard.py").unlink()
+        run = coded_run(deployment, finished, "unguarded", tmp_path / "it-ran")
+        said = r"practice: its program ended without an answer"
+        with pytest.raises(RunError, match=said):
+            list(follow(server, run, 0))
+        assert "refused:" in (status := deployment.done("site", "status", practice.path))
+        assert "client/guard.py is missing" in status
+    finally:
+        deployment.done("site", "stop", practice.path)
+        process.wait()
+    assert not (tmp_path / "it-ran").exists()
