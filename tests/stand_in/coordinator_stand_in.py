@@ -58,8 +58,9 @@ def coordinator(
         head = await reader.readuntil(b"\r\n\r\n")
         made.seen.append(head.decode().splitlines()[0])
         date = datetime.now(UTC) + timedelta(seconds=ahead)
+        line = f"Date: {date:%a, %d %b %Y %H:%M:%S} GMT\r\n"  # twice, as through the gateway
         writer.write(
-            f"HTTP/1.1 {status}\r\nDate: {date:%a, %d %b %Y %H:%M:%S} GMT\r\n"
+            f"HTTP/1.1 {status}\r\n{line}{line}"
             f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode()
             + body
         )
