@@ -10,6 +10,7 @@ from pathlib import Path
 from dafne_federated.core.approvals import Approvals
 from dafne_federated.core.dataset import load_case, open_folder
 from dafne_federated.core.low_rank import widen
+from dafne_federated.core.errors import DataError
 from dafne_federated.core.metrics import Agreement
 from dafne_federated.core.model_file import parse_model
 from dafne_federated.core.paired_changes import Changes, paired_changes
@@ -39,7 +40,7 @@ def _measure(folder: RunFolder, state: State) -> Changes:
 
     Raises:
         ApprovalError: The base is not approved on this machine.
-        DataError: The folder or a case in it cannot be read.
+        DataError: The folder or a case in it cannot be read, or no mask is of a label of the model.
     """
     from dafne_federated.core.adapters import AdaptedNetwork
     from dafne_federated.core.backend import prepare_backend
@@ -62,6 +63,10 @@ def _measure(folder: RunFolder, state: State) -> Changes:
         for ref in images.cases:
             case = load_case(ref, images.labels)
             found += evaluate_case(model, case, adapted.predict, distances=False)
+        if not found:
+            labels = ", ".join(plan.labels)
+            msg = f"reference {settings.reference!r}: expected masks of {labels}, got none of them"
+            raise DataError(msg)
         rows.append(found)
     persons = {ref.name: ref.person for ref in images.cases}
     _, accepts = paired_changes(rows[0], rows[1], persons, frozenset(persons.values()))

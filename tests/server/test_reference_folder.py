@@ -1,5 +1,6 @@
-"""The coordinator's own images are measured at any rank."""
+"""The coordinator's own images are measured at any rank, and must have the model's labels."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from dafne_federated.core.approvals import Approvals
+from dafne_federated.core.errors import DataError
 from dafne_federated.core.files import arrays_digest
 from dafne_federated.core.low_rank import widen
 from dafne_federated.core.model_file import read_model
@@ -63,3 +65,11 @@ def test_a_state_of_another_rank_is_compared_with_the_start(version: RunFolder) 
     for change in changes.values():
         assert change.persons == 8
         assert change.total == pytest.approx(0, abs=1e-3)
+
+
+def test_masks_of_other_labels_only_are_refused(version: RunFolder) -> None:
+    path = Path(version.info().settings.reference) / "dataset.json"
+    told = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(told | {"labels": {"1": "liver", "2": "spleen"}}))
+    with pytest.raises(DataError, match="expected masks of bright, dark, got none of them"):
+        reference_changes(version)(1)
