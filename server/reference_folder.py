@@ -9,8 +9,8 @@ from pathlib import Path
 
 from dafne_federated.core.approvals import Approvals
 from dafne_federated.core.dataset import load_case, open_folder
-from dafne_federated.core.low_rank import widen
 from dafne_federated.core.errors import DataError
+from dafne_federated.core.low_rank import widen
 from dafne_federated.core.metrics import Agreement
 from dafne_federated.core.model_file import parse_model
 from dafne_federated.core.paired_changes import Changes, paired_changes
