@@ -70,15 +70,16 @@ def accept(
     It may if the mean Dice rises and no label falls by more than ``margin``, neither at a site
     nor over all of them. From 5 persons on a label falls where the lower end of the interval of
     its paired differences is below the margin, so that a fall that large is excluded with the
-    settings' confidence; with fewer, where their mean is. A label that nobody who accepts has at
-    a site must not fall there in those who choose; in the mean they do not count.
+    settings' confidence; with fewer, where their mean is. One or two persons say little of a
+    label: where fewer than ``min-persons`` accept with it at a site, those who choose are looked at
+    beside them for a fall there. In the mean over all they do not count.
 
     Args:
         changes: In the persons who accept, by site and label.
         settings: Margin, confidence and the least number of persons of the run.
         others: In the persons who choose.
     """
-    lines, persons = _lines(_with_unjudged(changes, others or {}), settings), _persons(changes)
+    lines, persons = _lines(changes, others or {}, settings), _persons(changes)
     change, few = mean_change({n: c for n, c in changes.items() if c}), False
     falls = [line for line in lines if line.falls]
     falls.sort(key=lambda line: not line.site)  # where it is comes before that it is
@@ -133,23 +134,37 @@ def _missing(line: RoundLine, rounds: Sequence[RoundLine]) -> str:
     return ""
 
 
-def _with_unjudged(
-    changes: Mapping[str, Changes], others: Mapping[str, Changes]
-) -> dict[str, Changes]:
-    """Return ``changes`` and, where a site has nobody who accepts with a label, the others."""
-    sites = sorted(changes.keys() | others.keys())
-    return {site: {**others.get(site, {}), **changes.get(site, {})} for site in sites}
-
-
-def _lines(changes: Mapping[str, Changes], settings: RunSettings) -> list[GateLine]:
-    labels = sorted({label for own in changes.values() for label in own})
+def _lines(
+    changes: Mapping[str, Changes], others: Mapping[str, Changes], settings: RunSettings
+) -> list[GateLine]:
+    sites = {
+        site: _looked_at(changes.get(site, {}), others.get(site, {}), settings.min_persons)
+        for site in sorted(changes.keys() | others.keys())
+    }
     cells = [
-        ("", label, together(own[label] for own in changes.values() if label in own))
-        for label in labels
+        ("", label, together(_over_all(label, changes, sites)))
+        for label in sorted({label for own in sites.values() for label in own})
     ]
-    for site, own in sorted(changes.items()):
+    for site, own in sites.items():
         cells += [(site, label, own[label]) for label in sorted(own)]
     return [_line(site, label, cell, settings) for site, label, cell in cells]
+
+
+def _looked_at(accepting: Changes, choosing: Changes, least: int) -> Changes:
+    """Return who is looked at for a fall at a site, by label."""
+    found = {**choosing, **accepting}
+    for label in accepting.keys() & choosing.keys():
+        if accepting[label].persons < least:
+            found[label] = together((accepting[label], choosing[label]))
+    return found
+
+
+def _over_all(
+    label: str, changes: Mapping[str, Changes], sites: Mapping[str, Changes]
+) -> list[PairedChange]:
+    """Return those who accept, and of sites where none has the label those who choose."""
+    found = [changes.get(site, {}).get(label) or own.get(label) for site, own in sites.items()]
+    return [cell for cell in found if cell is not None]
 
 
 def _line(site: str, label: str, cell: PairedChange, settings: RunSettings) -> GateLine:

@@ -167,6 +167,19 @@ def test_a_decision_is_kept_as_it_was() -> None:
     assert GateDecision.model_validate_json(decision.model_dump_json()) == decision
 
 
+def test_where_few_accept_with_a_label_at_a_site_the_others_are_looked_at_for_a_fall() -> None:
+    changes: dict[str, Changes] = {name: {"x": change(0.1)} for name in "abc"}
+    changes["a"] = {"x": change(-0.09)}
+    assert accept(changes, SETTINGS).reason.startswith("x of a falls by 0.090 (1 person)")
+    for others, reason in ((0.01, ""), (-0.02, "x of a falls by 0.055 (2 persons)")):
+        decision = accept(changes, SETTINGS, {"a": {"x": change(others)}})
+        assert decision.reason == reason
+        assert (decision.persons, decision.change) == (3, pytest.approx(0.11 / 3))
+        assert [own.persons for own in decision.lines] == [3, 2, 1, 1]
+    many: dict[str, Changes] = {"a": {"x": change(-0.06, -0.06, -0.06)}, "b": {"x": change(0.9)}}
+    assert "x of a falls" in accept(many, SETTINGS, {"a": {"x": change(0.5)}}).reason
+
+
 def test_a_label_that_only_those_who_choose_have_must_not_fall_there() -> None:
     accepted: Changes = {"x": change(0.1, 0.1, 0.1)}
     for fall, reason in ((-0.02, ""), (-0.06, "y of a falls by 0.060 (1 person), and 1 more")):
