@@ -289,6 +289,39 @@ def test_a_run_bears_what_goes_wrong_between_hospitals(
     assert stage.run.result().content_digest == finished.result().content_digest
 
 
+def test_a_federation_goes_on_when_cases_come(
+    deployment: Deployment, finished: RunFolder, trained: Any
+) -> None:
+    server, run = deployment.server, deployment.run("going")
+    settings = {name: site.settings_file for name, site in deployment.sites.items()}
+    whole = {name: file.read_text() for name, file in settings.items()}
+
+    def versions_ended() -> int:
+        return sum(event["event"] == "version finished" for event in run.events())
+
+    try:
+        for name, file in settings.items():
+            file.write_text(whole[name].replace(f'    "{name}-1",\n', ""))
+        command = deployment.started(
+            *("server", "run", server.path, "--base", trained.path, "--name", "going"),
+            *("--settings", "settings.toml", "--rounds", 1, "--continuous", "--ask-every", 2),
+            "--quiet",
+        )
+        wait_for(lambda: run.path.exists() and versions_ended() == 1, 300)
+        for name, file in settings.items():
+            file.write_text(whole[name])
+        wait_for(lambda: versions_ended() == 2, 300)
+    finally:
+        for name, file in settings.items():
+            file.write_text(whole[name])
+    deployment.done("server", "stop", server.path, "going")
+    assert command.wait(60) == 1  # it was stopped
+    said = deployment.done("server", "history", server.path)
+    assert "generation 1: going, base Squares" in said
+    assert ["clinic 1, hospital 1" in said, "clinic 2, hospital 2" in said] == [True, True]
+    assert deployment.done("server", "status", server.path).count("clinic 2, hospital 2") == 1
+
+
 def test_a_site_that_is_revoked_is_sent_away_and_its_key_stays_out(
     deployment: Deployment, finished: RunFolder
 ) -> None:
