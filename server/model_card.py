@@ -144,6 +144,7 @@ def model_card(
             "margin": settings.margin,
             "confidence": settings.confidence,
             "min_persons": settings.min_persons,
+            "min_persons": settings.min_persons,
             "interval_from": INTERVAL_FROM,
         },
         reason=result.reason,
