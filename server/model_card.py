@@ -144,7 +144,6 @@ def model_card(
             "margin": settings.margin,
             "confidence": settings.confidence,
             "min_persons": settings.min_persons,
-            "min_persons": settings.min_persons,
             "interval_from": INTERVAL_FROM,
         },
         reason=result.reason,
