@@ -39,7 +39,7 @@ NAMES = ("clinic", "hospital")
 def processes() -> dict[int, tuple[int, str]]:
     """Return parent and command of each living process by its number."""
     listed = subprocess.run(
-        ["ps", "-eo", "pid=,ppid=,stat=,args="], capture_output=True, text=True, check=True
+        ["ps", "-ww", "-eo", "pid=,ppid=,stat=,args="], capture_output=True, text=True, check=True
     )
     rows = [line.split(maxsplit=3) for line in listed.stdout.splitlines()]
     return {int(r[0]): (int(r[1]), r[3]) for r in rows if not r[2].startswith("Z")}
