@@ -339,7 +339,7 @@ def test_a_site_that_is_revoked_is_sent_away_and_its_key_stays_out(
 
 
 @pytest.mark.skip(
-    reason="not seen to pass yet; tests/client/test_work_starter.py removes the guard"
+    reason="not seen to pass yet; test_work_starter.py does it without a run"
 )
 def test_where_the_guard_vanishes_while_a_site_runs_nothing_runs(
     deployment: Deployment, finished: RunFolder, tmp_path: Path
