@@ -338,9 +338,7 @@ def test_a_site_that_is_revoked_is_sent_away_and_its_key_stays_out(
     assert [site["name"] for site in json.loads(server.sites.read_text())] == ["clinic", "hospital"]
 
 
-@pytest.mark.skip(
-    reason="not seen to pass yet; test_work_starter.py does it without a run"
-)
+@pytest.mark.skip(reason="not seen to pass yet; test_work_starter.py does it without a run")
 def test_where_the_guard_vanishes_while_a_site_runs_nothing_runs(
     deployment: Deployment, finished: RunFolder, tmp_path: Path
 ) -> None:
