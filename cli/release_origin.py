@@ -2,12 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
-from pydantic import BaseModel, ValidationError
-
-from dafne_federated.core.errors import ReleaseError, RunError
+from dafne_federated.core.errors import ReleaseError
 from dafne_federated.core.fine_tuning_folder import FineTuningInfo, FineTuningResult
+from dafne_federated.core.json_record import read_record
 from dafne_federated.core.metrics import mean
 from dafne_federated.core.model_file import ModelFile
 from dafne_federated.core.run_folder import RunFolder
@@ -16,8 +14,6 @@ from dafne_federated.server.deployment_folder import home_of
 from dafne_federated.server.generation import earlier_releases
 from dafne_federated.server.release import mean_score
 from dafne_federated.simulations.release_check import load_release_check
-
-Record = TypeVar("Record", bound=BaseModel)
 
 # Folding changes the order of float32 sums; anything larger is another network.
 _LARGEST_DIFFERENCE = 1e-3
@@ -107,8 +103,9 @@ def _signature_fault(path: Path, run: RunFolder, model: ModelFile) -> str:
 
 
 def _of_fine_tuning(folder: Path, model: ModelFile, base: str) -> Origin:
-    info = _read(folder / "run.json", FineTuningInfo)
-    result = _read(folder / "result.json", FineTuningResult)
+    ended = "the folder of a run that has ended"
+    info = read_record(folder / "run.json", FineTuningInfo, ended)
+    result = read_record(folder / "result.json", FineTuningResult, ended)
     if not result.written:
         objection = f"the run wrote nothing: {result.reason}"
     elif result.digest != model.digest:
@@ -120,14 +117,3 @@ def _of_fine_tuning(folder: Path, model: ModelFile, base: str) -> Origin:
     else:
         objection = ""
     return Origin(base, mean([result.dice]), objection)
-
-
-def _read(path: Path, kind: type[Record]) -> Record:
-    try:
-        return kind.model_validate_json(path.read_bytes())
-    except OSError:
-        msg = f"{path}: not found; is {str(path.parent)!r} the folder of a run that has ended?"
-        raise RunError(msg) from None
-    except ValidationError as error:
-        msg = f"{path}: {error.errors()[0]['msg']}"
-        raise RunError(msg) from None

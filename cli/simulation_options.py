@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
+from dafne_federated.core.dashed import DASHED
 from dafne_federated.core.errors import SettingsError
 from dafne_federated.core.settings import RunSettings, read_settings
 from dafne_federated.core.toml_file import read_toml
@@ -51,13 +52,7 @@ Persons = Annotated[int, Field(ge=1)]
 class SimulationOptions(BaseModel):
     """All flags but those of ``RunSettings``; what they mean stands with the command."""
 
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        alias_generator=lambda name: name.replace("_", "-"),
-        populate_by_name=True,
-    )
+    model_config = DASHED
 
     data: Path | None = None
     base: Path | None = None

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from dafne_federated.client.first_settings import first_settings
 from dafne_federated.client.site_settings import SiteSettings, read_site
+from dafne_federated.core.dashed import DASHED
 from dafne_federated.core.dataset import open_folder
 from dafne_federated.core.errors import SettingsError
 from dafne_federated.core.files import private_folder, write_atomic
@@ -41,12 +42,7 @@ class Connection(BaseModel):
             health of it and of the program that starts the work.
     """
 
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        alias_generator=lambda name: name.replace("_", "-"),
-        populate_by_name=True,
-    )
+    model_config = DASHED
 
     coordinator: str = Field(pattern=r"^[A-Za-z0-9.:\[\]_-]+:[0-9]{1,5}$")
     local_port: int = Field(default=9094, ge=1, le=65533)

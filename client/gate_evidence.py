@@ -4,12 +4,13 @@ The Dice of each person stay here; what leaves is how many persons there were, a
 """
 
 import json
+from collections.abc import Mapping
 
 from flwr.app import RecordDict
 from pydantic import TypeAdapter, ValidationError
 
 from dafne_federated.client.site import Site
-from dafne_federated.core.dataset import open_folder
+from dafne_federated.core.dataset import CaseRef, open_folder
 from dafne_federated.core.files import arrays_digest, sha256, write_atomic
 from dafne_federated.core.local_part import silenced, with_local
 from dafne_federated.core.metrics import Agreement
@@ -52,16 +53,20 @@ def compared_with_start(
         state: What is measured.
         first: The state that the run started from; by default the base, unchanged.
     """
-    before = _before(site, plan, state, first)
+    cases = {ref.name: ref for ref in open_folder(site.settings.data).cases}
+    before = _before(site, cases, plan, state, first)
     rows = site.evaluate(plan, state)
-    persons = {ref.name: ref.person for ref in open_folder(site.settings.data).cases}
-    here = {name: persons[name] for name in site.settings.validation}
+    here = {name: cases[name].person for name in site.settings.validation}
     parts = paired_changes(rows if before is None else before, rows, here)
     return rows, change_fields(plan.labels, parts)
 
 
 def _before(
-    site: Site, plan: AdaptationPlan, state: State, first: State | None
+    site: Site,
+    cases: Mapping[str, CaseRef],
+    plan: AdaptationPlan,
+    state: State,
+    first: State | None,
 ) -> list[Agreement] | None:
     """Return the agreement of what is compared with; None if that is ``state`` itself."""
     if first is None:
@@ -70,7 +75,7 @@ def _before(
             return None
     elif (digest := arrays_digest(first)) == arrays_digest(state):
         return None
-    path = site.cache.folder / "base-dice" / f"{_key(site, plan, digest)}.json"
+    path = site.cache.folder / "base-dice" / f"{_key(site, cases, plan, digest)}.json"
     try:
         return _ROWS.validate_json(path.read_bytes())
     except (OSError, ValidationError):
@@ -79,14 +84,13 @@ def _before(
         return rows
 
 
-def _key(site: Site, plan: AdaptationPlan, first: str) -> str:
+def _key(site: Site, cases: Mapping[str, CaseRef], plan: AdaptationPlan, first: str) -> str:
     """Return a digest of all that the Dice of what is compared with depend on."""
     settings = site.settings
-    refs = {ref.name: ref for ref in open_folder(settings.data).cases}
     files = [
         sha256(path.read_bytes())
         for name in settings.validation
-        for path in (refs[name].image, refs[name].label)
+        for path in (cases[name].image, cases[name].label)
         if path is not None
     ]
     here = site.data.labels(plan.labels)

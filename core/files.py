@@ -54,6 +54,12 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+def fingerprint(key: bytes) -> str:
+    """Return what people compare on the telephone: 32 hexadecimal digits in groups of four."""
+    digits = sha256(key)[:32]
+    return " ".join(digits[start : start + 4] for start in range(0, 32, 4))
+
+
 def sha256(data: bytes) -> str:
     """Return the SHA-256 of ``data`` as 64 lower-case hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()

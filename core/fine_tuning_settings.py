@@ -2,8 +2,9 @@
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from dafne_federated.core.dashed import DASHED
 from dafne_federated.core.errors import SettingsError
 from dafne_federated.core.settings import RunSettings, falling_rate, read_settings
 
@@ -37,13 +38,7 @@ class FineTuningSettings(BaseModel):
             base, where there are any; ``none`` writes in any case.
     """
 
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        alias_generator=lambda name: name.replace("_", "-"),
-        populate_by_name=True,
-    )
+    model_config = DASHED
 
     epochs: int = Field(default=40, ge=1, le=10_000)
     patience: int = Field(default=10, ge=1)

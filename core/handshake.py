@@ -13,11 +13,10 @@ Other packages and Python may differ; results then agree within the last bits.
 """
 
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 
 from flwr.app import RecordDict
 
-from dafne_federated.core.versions import software_version
+from dafne_federated.core.versions import installed, software_version
 from dafne_federated.core.wire import PROTOCOL
 
 _NAMES = {
@@ -43,7 +42,7 @@ def own_versions() -> dict[str, str]:
     ``protocol`` is not among them: every message has it.
     """
     return {"software": software_version()} | {
-        field: _installed(packages) for field, packages in _PACKAGES.items()
+        field: installed(*packages) for field, packages in _PACKAGES.items()
     }
 
 
@@ -88,12 +87,3 @@ def fingerprint() -> str:
 
 def _what_counts(field: str, value: str) -> str:
     return value if field in _EXACT else ".".join(value.split(".")[:2])
-
-
-def _installed(packages: tuple[str, ...]) -> str:
-    for package in packages:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            continue
-    return "not installed"

@@ -6,7 +6,6 @@ from typing import Annotated, Literal, Self
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
@@ -14,6 +13,7 @@ from pydantic import (
     model_validator,
 )
 
+from dafne_federated.core.dashed import DASHED
 from dafne_federated.core.errors import AdapterError, SettingsError
 from dafne_federated.core.methods import method_parts
 from dafne_federated.core.plan import LAYER_CHOICES, WireType
@@ -97,13 +97,7 @@ class RunSettings(BaseModel):
             none.
     """
 
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        alias_generator=lambda name: name.replace("_", "-"),
-        populate_by_name=True,
-    )
+    model_config = DASHED
 
     rounds: int = Field(default=5, ge=1, le=10_000)
     epochs: int = Field(default=4, ge=1, le=10_000)

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dafne_federated.core.errors import ReleaseError, SettingsError, first_fault
-from dafne_federated.core.files import sha256, write_atomic
+from dafne_federated.core.files import fingerprint, sha256, write_atomic
 from dafne_federated.core.plan import Sha256
 
 MANIFEST = "release.json"
@@ -104,12 +104,6 @@ def make_signing_key(private: Path, public: Path) -> None:
         .public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     )
     write_atomic(public, pem)
-
-
-def fingerprint(key: bytes) -> str:
-    """Return what people compare on the telephone: 32 hexadecimal digits in groups of four."""
-    digits = sha256(key)[:32]
-    return " ".join(digits[i : i + 4] for i in range(0, 32, 4))
 
 
 def public_fingerprint(public: Path) -> str:

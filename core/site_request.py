@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from dafne_federated.core.errors import SettingsError
-from dafne_federated.core.files import sha256, write_atomic
+from dafne_federated.core.files import fingerprint, write_atomic
 from dafne_federated.core.wire import SiteName
 
 _LARGEST = 16 * 1024  # bytes
@@ -44,8 +44,7 @@ class SiteRequest(BaseModel):
     @property
     def fingerprint(self) -> str:
         """Short text that two people can compare on the telephone."""
-        digits = sha256(self.public_key.encode())[:32]
-        return " ".join(digits[start : start + 4] for start in range(0, 32, 4))
+        return fingerprint(self.public_key.encode())
 
     def write(self, path: Path) -> None:
         """Write the request to a file."""

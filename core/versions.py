@@ -14,9 +14,14 @@ def software_version() -> str:
 def versions() -> dict[str, str]:
     """Return versions by name: this package, Python, and what results depend on."""
     found = {"dafne-federated": software_version(), "python": platform.python_version()}
-    for name in PACKAGES:
+    return found | {name: installed(name) for name in PACKAGES}
+
+
+def installed(*packages: str) -> str:
+    """Return the version of the first of these packages that is installed."""
+    for package in packages:
         try:
-            found[name] = version(name)
+            return version(package)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            continue
+    return "not installed"

@@ -14,6 +14,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dafne_federated.core.class_weights import ClassCounts
+from dafne_federated.core.dashed import DASHED
 from dafne_federated.core.errors import MessageError
 from dafne_federated.core.plan import Sha256, WireType
 from dafne_federated.core.privacy_accountant import LEAST_NOISE, LEAST_RATE, Mechanism
@@ -41,14 +42,7 @@ SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$")]
 class WireMessage(BaseModel):
     """Base of all messages: immutable, no coercion, no unknown fields, no NaN."""
 
-    model_config = ConfigDict(
-        frozen=True,
-        strict=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        alias_generator=lambda name: name.replace("_", "-"),
-        populate_by_name=True,
-    )
+    model_config = ConfigDict(**DASHED, strict=True)
     metrics: ClassVar[frozenset[str]] = frozenset()
 
     def to_record(

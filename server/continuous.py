@@ -58,9 +58,8 @@ class _Seen:
     nodes: frozenset[int] = frozenset()
     members: Members | None = None
     told: dict[str, int] = field(default_factory=dict)
-    vain: dict[str, int] = field(
-        default_factory=dict
-    )  # announced for a version that came to nothing
+    # What was announced for a version that came to nothing.
+    vain: dict[str, int] = field(default_factory=dict)
 
 
 def run_generation(

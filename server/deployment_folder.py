@@ -16,8 +16,9 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
+from dafne_federated.core.dashed import DASHED
 from dafne_federated.core.errors import SettingsError
 from dafne_federated.core.files import private_folder, write_atomic
 from dafne_federated.core.flower_bundle import RUNS
@@ -39,12 +40,7 @@ class ServerSettings(BaseModel):
             health of it and of the program that starts runs.
     """
 
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        alias_generator=lambda name: name.replace("_", "-"),
-        populate_by_name=True,
-    )
+    model_config = DASHED
 
     hosts: tuple[str, ...] = Field(min_length=1)
     listen: str = "0.0.0.0"
@@ -67,6 +63,7 @@ class ServerFolder:
         self.secret = self.path / "keys" / "superexec.secret"
         self.sites = self.path / "sites.json"
         self.sites_lock = self.path / "sites.lock"
+        self.launch_lock = self.path / "launch.lock"
         self.runs = self.path / "runs"
         self.home = self.path / "flower"
         self.database = self.home / "superlink.db"

@@ -6,17 +6,15 @@ Flower on the same folder.
 """
 
 import contextlib
-import fcntl
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dafne_federated.core.errors import FlowerError, LostRunError, RunError
-from dafne_federated.core.files import write_atomic
+from dafne_federated.core.files import locked, write_atomic
 from dafne_federated.core.flower_bundle import write_app
 from dafne_federated.core.flower_command import CONNECTION, flwr
 from dafne_federated.core.run_folder import RunFolder
@@ -56,7 +54,7 @@ def launch(
         FlowerError: Flower refused, or its SuperLink is away.
         OSError: No room to write down what was started; it is stopped again.
     """
-    with _one_at_a_time(folder):
+    with locked(folder.launch_lock):
         if is_finished(run):
             msg = f"run {run.path.name!r} is finished"
             raise RunError(msg)
@@ -91,7 +89,7 @@ def stop_run(folder: ServerFolder, run: RunFolder) -> None:
     Raises:
         RunError: It is not under way, or did not end within a minute.
     """
-    with _one_at_a_time(folder):  # so that no start comes in between
+    with locked(folder.launch_lock):  # so that no start comes in between
         if not run.is_locked() and (not _goes_on(run) or is_finished(run)):
             msg = f"run {run.path.name!r} is not under way"
             raise RunError(msg)
@@ -191,11 +189,3 @@ def _stop_unknown(folder: ServerFolder) -> None:
 def _stop_number(folder: ServerFolder, number: str) -> None:
     with contextlib.suppress(FlowerError):  # it ended long ago
         flwr(["stop", number, CONNECTION], folder.environment, folder.home)
-
-
-@contextlib.contextmanager
-def _one_at_a_time(folder: ServerFolder) -> Iterator[None]:
-    """Wait until nobody else starts a run here; freed when the process ends."""
-    with (folder.path / "launch.lock").open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

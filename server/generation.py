@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from dafne_federated.core.errors import SettingsError
 from dafne_federated.core.files import arrays_digest, write_atomic
 from dafne_federated.core.json_record import read_record
-from dafne_federated.core.run_folder import RunFolder, RunInfo
+from dafne_federated.core.run_folder import RoundLine, RunFolder, RunInfo, SiteRound
 from dafne_federated.core.settings import RunSettings
 from dafne_federated.core.state import State
 from dafne_federated.core.strategy_table import STRATEGY_TABLE
@@ -143,20 +143,13 @@ def last_trained(folder: RunFolder) -> dict[str, str]:
         name: version.info().run
         for version in versions(folder)
         if counts(version)
-        for line in version.rounds()
-        for name, site in line.sites.items()
-        if line.trained and site.training_cases
+        for name in trained_cases(version)
     }
 
 
 def trained_cases(version: RunFolder) -> dict[str, int]:
     """Return the training cases of the sites whose updates a version used, by name."""
-    return {
-        name: site.training_cases
-        for line in version.rounds()
-        for name, site in line.sites.items()
-        if line.trained and site.training_cases
-    }
+    return {name: site.training_cases for name, site in _trained(version.rounds())}
 
 
 def add_version(folder: RunFolder, first: State, new_cases: Mapping[str, int]) -> RunFolder:
@@ -205,11 +198,16 @@ def _contained(released: list[RunFolder]) -> dict[str, Absent]:
     found: dict[str, Absent] = {}
     for behind, version in zip(range(len(released), 0, -1), released, strict=True):
         last = version.result().round or 0
-        for line in version.rounds()[:last]:
-            for name, site in line.sites.items():
-                if line.trained and site.training_cases:
-                    found[name] = Absent(cases=site.training_cases, behind=behind, lacks=site.lacks)
+        for name, site in _trained(version.rounds()[:last]):
+            found[name] = Absent(cases=site.training_cases, behind=behind, lacks=site.lacks)
     return found
+
+
+def _trained(rounds: Iterable[RoundLine]) -> Iterator[tuple[str, SiteRound]]:
+    """Yield what each site gave in each round in which it trained, with its name."""
+    for line in rounds:
+        if line.trained:
+            yield from ((name, site) for name, site in line.sites.items() if site.training_cases)
 
 
 def _record(folder: RunFolder) -> Path:

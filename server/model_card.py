@@ -12,11 +12,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import BaseModel, ConfigDict
 
 from dafne_federated.core.gate_decision import GateDecision
 from dafne_federated.core.model_file import ModelFile
+from dafne_federated.core.page import page_environment
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RoundLine, RunInfo, RunResult
 from dafne_federated.server.acceptance import INTERVAL_FROM
@@ -155,13 +155,7 @@ def model_card(
 
 def card_page(card: ModelCard) -> str:
     """Return the card as a page of its own."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment(Path(__file__).parent)
     environment.filters |= {
         "three": lambda value: "\u2013" if value is None else f"{value:.3f}",
         "signed": lambda v: "\u2013" if v is None else f"{v:+.3f}".replace("-", "\u2212"),

@@ -6,10 +6,11 @@ The newest is, until people go back to an earlier one; from then on that is, unt
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from dafne_federated.core.errors import RunError, first_fault
+from dafne_federated.core.errors import RunError
 from dafne_federated.core.files import write_atomic
+from dafne_federated.core.json_record import read_record
 from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.server.generation import generation_of
 from dafne_federated.server.release import mean_score
@@ -129,8 +130,4 @@ def _runs(path: Path) -> Path:
 
 def _choices(folder: Path) -> _Choices:
     path = folder / CURRENT
-    try:
-        return _Choices.model_validate_json(path.read_bytes()) if path.exists() else _Choices()
-    except ValidationError as error:
-        msg = f"{path}: {first_fault(error)}"
-        raise RunError(msg) from None
+    return read_record(path, _Choices, "a folder of runs") if path.exists() else _Choices()

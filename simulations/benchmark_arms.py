@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
+from dafne_federated.core.dashed import DASHED
 from dafne_federated.core.errors import DafneFederatedError, SettingsError
 from dafne_federated.core.fine_tuning_settings import FineTuningSettings, fine_tuning_settings
 from dafne_federated.core.settings import RunSettings, read_settings
@@ -28,13 +29,7 @@ class WholeSettings(BaseModel):
         threshold: Least validation Dice.
     """
 
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        alias_generator=lambda name: name.replace("_", "-"),
-        populate_by_name=True,
-    )
+    model_config = DASHED
 
     epochs: int = Field(default=40, ge=1)
     patience: int = Field(default=10, ge=1)
@@ -63,12 +58,7 @@ class Arm(BaseModel):
             seed, and for each size by itself.
     """
 
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        alias_generator=lambda name: name.replace("_", "-"),
-        populate_by_name=True,
-    )
+    model_config = DASHED
 
     where: Where
     trains: Literal["nothing", "scratch", "whole", "adapter"]

@@ -115,6 +115,18 @@ def chosen_variant(lines: Sequence[FitLine]) -> FitLine:
     return max(lines, key=figure)
 
 
+def chosen_cells(scenario: Scenario, group: Group, first: Sequence[FitLine]) -> list[Cell]:
+    """Return the fits of all seeds with the variant that is chosen.
+
+    Args:
+        scenario: The scenario.
+        group: The group.
+        first: The lines of ``first_cells``, in that order.
+    """
+    best = first.index(chosen_variant(first))
+    return [first_cells(scenario, group)[best], *other_cells(scenario, group, best)]
+
+
 def person_means(scores: Sequence[Score]) -> Mapping[str, float]:
     """Return the Dice of each person: the mean over labels of the mean over scans."""
     found = {}

@@ -28,9 +28,8 @@ from dafne_federated.simulations.benchmark_cells import (
     Cell,
     Group,
     cell_key,
-    chosen_variant,
+    chosen_cells,
     first_cells,
-    other_cells,
 )
 from dafne_federated.simulations.benchmark_federated import fit_federated
 from dafne_federated.simulations.benchmark_fits import (
@@ -42,7 +41,7 @@ from dafne_federated.simulations.benchmark_fits import (
     pooled,
     side_by_side,
 )
-from dafne_federated.simulations.benchmark_folder import BenchmarkFolder
+from dafne_federated.simulations.benchmark_folder import PARENT, BenchmarkFolder
 from dafne_federated.simulations.benchmark_records import (
     FitLine,
     TestLine,
@@ -52,7 +51,6 @@ from dafne_federated.simulations.benchmark_records import (
 from dafne_federated.simulations.benchmark_task import Predict, Stopwatch, Task, make_base
 
 _MIB = 2**20
-PARENT = "DAFNE_FEDERATED_BENCHMARK"  # names the process that started this one
 # What ru_maxrss counts in: KiB on Linux, bytes on macOS.
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
@@ -75,11 +73,14 @@ def main(folder: Path, what: str, *words: str) -> None:
 
 def _fits(task: Task, group: Group) -> None:
     """Fit all variants with the first seed, choose, and fit the other seeds with the choice."""
-    scenario = task.scenario
-    first = [_finished(task, cell) for cell in first_cells(scenario, group)]
-    best = first.index(chosen_variant(first))
-    for cell in other_cells(scenario, group, best):
+    for cell in _chosen(task, group):
         _finished(task, cell)
+
+
+def _chosen(task: Task, group: Group) -> list[Cell]:
+    """Return the fits with the chosen variant, after all variants with the first seed."""
+    first = [_finished(task, cell) for cell in first_cells(task.scenario, group)]
+    return chosen_cells(task.scenario, group, first)
 
 
 def _finished(task: Task, cell: Cell) -> FitLine:
@@ -169,8 +170,7 @@ def _one(
 def _ensemble(task: Task, arm: Arm, cell: Cell) -> Fitted:
     """Take the models of sites alone together; each of them travels once, to everybody."""
     group = Group(arm.of, cell.group.persons, cell.group.fold)
-    lines = [_finished(task, one) for one in first_cells(task.scenario, group)]
-    variant = lines.index(chosen_variant(lines))
+    variant = _chosen(task, group)[0].variant
     line = _finished(task, Cell(group, variant, cell.seed))
     weights = load_weights(task, line.cell)
     size = sum(value.nbytes for value in next(iter(weights.values())).values()) / 1e6
@@ -204,9 +204,7 @@ def models(task: Task, arm: Arm, weights: dict[str, Weights]) -> dict[str, Predi
 def _tests(task: Task, group: Group) -> None:
     """Test the fits of the choice on persons that nothing was chosen on."""
     scenario, arm = task.scenario, task.scenario.arms[group.arm]
-    lines = [_finished(task, cell) for cell in first_cells(scenario, group)]
-    best = lines.index(chosen_variant(lines))
-    cells = [first_cells(scenario, group)[best], *other_cells(scenario, group, best)]
+    cells = _chosen(task, group)
     done = {line.cell for line in read_lines(task.folder.final, TestLine)}
     for cell in cells:
         key = cell_key(scenario, cell, task.started.data_digest)

@@ -24,6 +24,8 @@ from dafne_federated.core.files import private_folder, sha256, write_atomic
 from dafne_federated.core.json_record import read_record
 from dafne_federated.simulations.benchmark_scenario import Fold, Scenario
 
+PARENT = "DAFNE_FEDERATED_BENCHMARK"  # environment: the process that started one for a piece
+
 
 class Started(BaseModel):
     """What a benchmark was started with.

@@ -33,7 +33,7 @@ from dafne_federated.simulations.benchmark_table import (
 from dafne_federated.simulations.benchmark_verdict import benchmark_verdict
 from dafne_federated.simulations.figures import Picture, line_swatch
 from dafne_federated.simulations.overlay_pictures import label_swatch, overlay_pictures, upright
-from dafne_federated.simulations.report import page_environment
+from dafne_federated.simulations.report import report_environment
 from dafne_federated.simulations.test_results import Overlay
 
 _WORST: Final = 4  # persons shown
@@ -109,7 +109,7 @@ def write_benchmark_report(folder: BenchmarkFolder) -> Path:
         "interval": interval_words,
         "p": p_words,
     }
-    html = page_environment().get_template("benchmark_report.html.jinja").render(page)
+    html = report_environment().get_template("benchmark_report.html.jinja").render(page)
     write_atomic(folder.report, html.encode())
     return folder.report
 

@@ -19,12 +19,17 @@ from dafne_federated.simulations.benchmark_cells import (
     Group,
     cell_count,
     cell_key,
-    chosen_variant,
+    chosen_cells,
     first_cells,
     groups,
     other_cells,
 )
-from dafne_federated.simulations.benchmark_folder import BenchmarkFolder, Started, data_digest
+from dafne_federated.simulations.benchmark_folder import (
+    PARENT,
+    BenchmarkFolder,
+    Started,
+    data_digest,
+)
 from dafne_federated.simulations.benchmark_images import source_folder, write_images
 from dafne_federated.simulations.benchmark_records import FitLine, read_lines
 from dafne_federated.simulations.benchmark_scenario import Scenario
@@ -193,8 +198,7 @@ def _choice(group: Group, started: Started, known: dict[str, FitLine]) -> list[C
     scenario = started.scenario
     first = first_cells(scenario, group)
     lines = [known[cell_key(scenario, cell, started.data_digest)] for cell in first]
-    best = lines.index(chosen_variant(lines))
-    return [first[best], *other_cells(scenario, group, best)]
+    return chosen_cells(scenario, group, lines)
 
 
 def _left(group: Group, started: Started, known: dict[str, FitLine]) -> tuple[int, int]:
@@ -274,7 +278,7 @@ def _child(benchmark: Benchmark, name: str, words: Sequence[str], progress: Prog
     log.parent.mkdir(exist_ok=True)
     module = "dafne_federated.simulations.benchmark_child"
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "OMP_NUM_THREADS": "1"}
-    environment["DAFNE_FEDERATED_BENCHMARK"] = str(os.getpid())
+    environment[PARENT] = str(os.getpid())
     most = benchmark.memory_gib * 1024 / benchmark.workers
     with log.open("ab") as file:
         child = subprocess.Popen(

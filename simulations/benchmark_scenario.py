@@ -6,8 +6,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from dafne_federated.core.dashed import DASHED
 from dafne_federated.core.errors import DafneFederatedError, SettingsError, first_fault
 from dafne_federated.core.files import sha256
 from dafne_federated.simulations.benchmark_arms import Arm
@@ -18,13 +19,7 @@ Share = Annotated[float, Field(gt=0)]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        alias_generator=lambda name: name.replace("_", "-"),
-        populate_by_name=True,
-    )
+    model_config = DASHED
 
 
 class Fold(_Part):

@@ -17,7 +17,7 @@ from dafne_federated.simulations.comparison import Comparison, compare, persons_
 from dafne_federated.simulations.figures import Picture
 from dafne_federated.simulations.fine_tuning_figures import dice_by_epoch, loss_by_epoch
 from dafne_federated.simulations.overlay_pictures import label_swatch, overlay_pictures, upright
-from dafne_federated.simulations.report import page_environment
+from dafne_federated.simulations.report import report_environment
 from dafne_federated.simulations.test_results import FINE_TUNED, Overlay, TestRow
 from dafne_federated.simulations.verdict import counted, moved
 
@@ -82,7 +82,7 @@ def write_fine_tuning_report(
         "label_legend": {label: label_swatch(n) for n, label in enumerate(plan.labels, start=1)},
         "settings": info.settings.model_dump(mode="json", by_alias=True),
     }
-    html = page_environment().get_template("fine_tuning_report.html.jinja").render(page)
+    html = report_environment().get_template("fine_tuning_report.html.jinja").render(page)
     write_atomic(folder.report, html.encode())
     return folder.report
 

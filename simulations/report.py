@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment
 
 from dafne_federated.core.errors import ModelFileError, RunError
 from dafne_federated.core.files import write_atomic
 from dafne_federated.core.model_file import parse_model
+from dafne_federated.core.page import page_environment
 from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RoundLine, RunFolder, RunResult
 from dafne_federated.core.strategy_table import STRATEGY_TABLE, round_rule
@@ -163,20 +164,14 @@ def write_report(folder: RunFolder) -> Path:
         "label_legend": {label: label_swatch(n) for n, label in enumerate(plan.labels, start=1)},
         "settings": info.settings.model_dump(mode="json", by_alias=True),
     }
-    html = page_environment().get_template("report.html.jinja").render(page)
+    html = report_environment().get_template("report.html.jinja").render(page)
     write_atomic(folder.report, html.encode())
     return folder.report
 
 
-def page_environment() -> Environment:
-    """Return what turns the templates beside this file into pages."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+def report_environment() -> Environment:
+    """Return what turns the templates beside this file into reports."""
+    environment = page_environment(Path(__file__).parent)
     environment.filters |= {
         "three": lambda value: _number(value, "{:.3f}"),
         "signed": lambda value: _number(value, "{:+.3f}"),

@@ -5,32 +5,22 @@ import shutil
 import socket
 import ssl
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
 
 from dafne_federated.core.flower_command import answers, free_port
 from dafne_federated.server.deployment_folder import ServerFolder, ServerSettings, make_server
 from dafne_federated.server.gateway import LARGEST_BODY, PATHS
+from tests.echo_server import echoing
 
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 pytestmark = pytest.mark.skipif(NGINX is None, reason="no nginx on this machine")
 
 CONFIGURATION = Path(__file__).parents[2] / "deployment" / "nginx.conf"
-
-
-async def echo(request: Request) -> Response:
-    headers = {"x-said": request.headers.get("flwr-signature", ""), "x-path": request.url.path}
-    return Response(await request.body(), status_code=203, headers=headers)
 
 
 @pytest.fixture(scope="module")
@@ -41,22 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> ServerFolder:
 
 @pytest.fixture(scope="module")
 def upstream(folder: ServerFolder) -> Iterator[None]:
-    """A TLS server in the SuperLink's place that sends back what it is sent."""
-    port = folder.settings.local_port
-    server = uvicorn.Server(
-        uvicorn.Config(
-            Starlette(routes=[Route("/{path:path}", echo, methods=["GET", "POST"])]),
-            port=port, log_level="error",
-            ssl_certfile=str(folder.certificate), ssl_keyfile=str(folder.key),
-        )
-    )  # fmt: skip
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not answers(port):
-        time.sleep(0.02)
-    yield
-    server.should_exit = True
-    thread.join()
+    """What stands in the SuperLink's place."""
+    with echoing(folder, "flwr-signature"):
+        yield
 
 
 @pytest.fixture(scope="module")

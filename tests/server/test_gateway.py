@@ -1,30 +1,19 @@
 """Through the gateway pass only the paths of sites, bodies unchanged and of limited size."""
 
 import asyncio
-import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
 
-from dafne_federated.core.flower_command import answers, free_port
+from dafne_federated.core.flower_command import free_port
 from dafne_federated.server.deployment_folder import ServerFolder, ServerSettings, make_server
 from dafne_federated.server.gateway import LARGEST_BODY, PATHS, make_gateway
+from tests.echo_server import echoing
 
 Ask = Callable[..., httpx.Response]
-
-
-async def echo(request: Request) -> Response:
-    headers = {"x-said": request.headers.get("x-said", ""), "x-path": request.url.path}
-    return Response(await request.body(), status_code=203, headers=headers)
 
 
 @pytest.fixture(scope="module")
@@ -35,22 +24,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> ServerFolder:
 
 @pytest.fixture(scope="module")
 def upstream(folder: ServerFolder) -> Iterator[str]:
-    """A TLS server in the SuperLink's place that sends back what it is sent."""
-    port = folder.settings.local_port
-    app = Starlette(routes=[Route("/{path:path}", echo, methods=["GET", "POST"])])
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app, port=port, log_level="error",
-            ssl_certfile=str(folder.certificate), ssl_keyfile=str(folder.key),
-        )
-    )  # fmt: skip
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not answers(port):
-        time.sleep(0.02)
-    yield f"https://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
+    """What stands in the SuperLink's place."""
+    with echoing(folder, "x-said") as address:
+        yield address
 
 
 @asynccontextmanager

@@ -1,8 +1,6 @@
 """The page of a benchmark needs no network, names what was found, and fits on a phone."""
 
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,7 @@ from dafne_federated.simulations.benchmark_results import keep_results
 from dafne_federated.simulations.benchmark_scenario import scenario_of
 from dafne_federated.simulations.benchmark_table import measured, table
 from dafne_federated.simulations.phantoms import write_phantoms
+from tests.browser import complaints, needs_browser, on_a_phone
 
 SCENARIO = """
 version = 1
@@ -43,9 +42,6 @@ trains = "adapter"
 variants = [{ learning-rate = 1e-3 }, { learning-rate = 3e-3 }]
 """
 GAIN = 0.05  # of the federated arm, on every person
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
-)
 
 
 @pytest.fixture
@@ -143,39 +139,14 @@ def test_what_is_kept_holds_no_image(folder: BenchmarkFolder, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not BROWSER, reason="needs Chromium or Chrome on the PATH")
+@needs_browser
 def test_a_browser_shows_it_on_a_phone_without_complaint(
     folder: BenchmarkFolder, tmp_path: Path
 ) -> None:
     html = write_benchmark_report(folder).read_text(encoding="utf-8")
-    done = _browse(tmp_path, folder.report, "--enable-logging=stderr")
-    assert ":CONSOLE" not in done.stderr
-    probe = (
-        "<script>addEventListener('load', () => { const page = document.documentElement; "
-        "parent.postMessage([innerWidth, page.scrollWidth, document.images.length, "
-        "[...document.images].filter(i => !i.naturalWidth).length].join(' '), '*'); })</script>"
-    )
-    copy = re.sub(r"<meta http-equiv=[^>]*>", "", html).replace("</body>", f"{probe}</body>")
-    (tmp_path / "copy.html").write_text(copy, encoding="utf-8")
-    (tmp_path / "phone.html").write_text(
-        "<body><iframe src='copy.html' style='width: 360px; height: 800px; border: 0'></iframe>"
-        "<p>waiting</p><script>onmessage = event => { "
-        "document.querySelector('p').textContent = 'widths ' + event.data }</script></body>"
-    )
-    found = re.search(r"widths ([\d ]+)", _browse(tmp_path, tmp_path / "phone.html").stdout)
-    assert found is not None
-    inner, content, images, broken = map(int, found[1].split())
-    assert inner == 360
-    assert content <= inner
-    assert broken == 0
-    assert images > 10
-
-
-def _browse(tmp_path: Path, page: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", *flags,
-        "--dump-dom", page.as_uri(),
-    ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
+    assert complaints(folder.report, tmp_path) == ""
+    seen = on_a_phone(html, tmp_path)
+    assert seen.inner == 360
+    assert seen.content <= seen.inner
+    assert seen.broken == 0
+    assert seen.images > 10

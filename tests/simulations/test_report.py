@@ -2,8 +2,6 @@
 
 import pickle
 import re
-import shutil
-import subprocess
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
@@ -25,6 +23,7 @@ from dafne_federated.simulations.test_results import (
     save_overlays,
     save_test_rows,
 )
+from tests.browser import complaints, needs_browser, on_a_phone
 
 EVIL = '</td><script>alert("x")</script>'
 NORTH, SOUTH = "north", f"south {EVIL}"
@@ -280,48 +279,17 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
         write_report(folder)
 
 
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
-)
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not BROWSER, reason="needs Chromium or Chrome on the PATH")
+@needs_browser
 def test_a_browser_shows_it_on_a_phone_without_complaint(full: Path, tmp_path: Path) -> None:
     html = full.read_text(encoding="utf-8")
     (tmp_path / "report.html").write_text(html, encoding="utf-8")
-    done = _browse(tmp_path, tmp_path / "report.html", "--enable-logging=stderr")
-    assert ":CONSOLE" not in done.stderr
-    # A copy may run one script of ours, in a frame as wide as a phone, and tell its widths.
-    probe = (
-        "<script>addEventListener('load', () => { const page = document.documentElement; "
-        "parent.postMessage([innerWidth, page.scrollWidth, document.images.length, "
-        "[...document.images].filter(i => !i.naturalWidth).length].join(' '), '*'); })</script>"
-    )
-    copy = re.sub(r"<meta http-equiv=[^>]*>", "", html).replace("</body>", f"{probe}</body>")
-    (tmp_path / "copy.html").write_text(copy, encoding="utf-8")
-    (tmp_path / "phone.html").write_text(
-        "<body><iframe src='copy.html' style='width: 360px; height: 800px; border: 0'></iframe>"
-        "<p>waiting</p><script>onmessage = event => { "
-        "document.querySelector('p').textContent = 'widths ' + event.data }</script></body>"
-    )
-    found = re.search(r"widths ([\d ]+)", _browse(tmp_path, tmp_path / "phone.html").stdout)
-    assert found is not None
-    inner, content, images, broken = map(int, found[1].split())
-    assert inner == 360
-    assert content <= inner
-    assert broken == 0
-    assert images > 10
-
-
-def _browse(tmp_path: Path, page: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", *flags,
-        "--dump-dom", page.as_uri(),
-    ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert complaints(tmp_path / "report.html", tmp_path) == ""
+    seen = on_a_phone(html, tmp_path)
+    assert seen.inner == 360
+    assert seen.content <= seen.inner
+    assert seen.broken == 0
+    assert seen.images > 10
 
 
 def _heads() -> list[str]:
