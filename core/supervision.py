@@ -68,7 +68,7 @@ def supervise(
     """
     mark = secrets.token_hex(16)
     private_folder(folder)
-    with _only_one(lock), _told_to_end() as ended, ended_afterwards(mark):
+    with _told_to_end() as ended, _only_one(lock), ended_afterwards(mark):  # heard once it is seen
         prepare()
         kept = [_Kept(program, folder / f"{program.name}.log", mark) for program in programs]
         while not ended.is_set():

@@ -57,8 +57,7 @@ def test_the_key_is_its_owners_alone_and_in_no_file_that_is_given_away(hidden: R
     key = hidden.noise_key.read_bytes()
     assert hidden.noise_key.stat().st_mode & 0o777 == 0o600
     files = [path for path in hidden.path.rglob("*") if path.is_file() and path != hidden.noise_key]
-    released = [path for path in files if hidden.release in path.parents]
-    assert len(released) == 2
+    assert [path for path in files if hidden.release in path.parents]
 
     def holds(path: Path) -> bool:
         data = path.read_bytes()
