@@ -1,18 +1,19 @@
 """The Flower ClientApp of a site: read the message, let the site act, answer.
 
 Whatever goes wrong at a site, its answer holds a status and plain words of ours: texts of
-exceptions, paths and names never leave. What is refused before a site acts, a bundle with code
-or other versions, is refused without loading TensorFlow, which comes with ``site.py``.
+exceptions, paths and names never leave. What asks only for consent is answered without loading
+TensorFlow, which comes with ``site.py``.
 """
 
 import logging
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from dafne_federated.client.consent import Consent
 from dafne_federated.client.site_settings import REFUSED, SiteSettings, site_of
 from dafne_federated.core.errors import ApprovalError, MessageError, StateError
 from dafne_federated.core.files import sha256
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from dafne_federated.core.metrics import Agreement
 
 log = logging.getLogger(__name__)
+Part = TypeVar("Part", bound=Consent)  # of a site that a message needs
 
 LARGEST_BASE = 4 * 2**30  # bytes
 FAILED = "the site could not do this; its own log says why"
@@ -62,7 +64,7 @@ def consider_offer(message: Message, context: Context) -> Message:
             raise ApprovalError(words)
         Offer.from_record(message.content)
 
-    def act(site: "Site") -> RecordDict:
+    def act(site: Consent) -> RecordDict:
         offer = Offer.from_record(message.content)
         plan = AdaptationPlan.from_json(offer.plan)
         if plan.base_digest != offer.base_digest:
@@ -80,14 +82,14 @@ def consider_offer(message: Message, context: Context) -> Message:
             rank=settings.rank,
         )
 
-    return _answer(message, context, act, _offer_reply, shake_hands)
+    return _answer(message, context, act, _offer_reply, Consent, shake_hands)
 
 
 @app.train("base")
 def store_base(message: Message, context: Context) -> Message:
     """Check and keep the bytes of the base; nothing of it is executed here."""
 
-    def act(site: "Site") -> RecordDict:
+    def act(site: Consent) -> RecordDict:
         request = BaseModelBytes.from_record(message.content)
         unseen = site.inbox if site.wants_to_see(request.base_digest) else None
         if unseen is None:
@@ -102,7 +104,7 @@ def store_base(message: Message, context: Context) -> Message:
         site.cache.keep_base(data)
         return _base_reply(site.settings, "stored")
 
-    return _answer(message, context, act, _base_reply)
+    return _answer(message, context, act, _base_reply, Consent)
 
 
 @app.query("statistics")
@@ -143,7 +145,7 @@ def share_statistics(message: Message, context: Context) -> Message:
         arrays = {"mean": found.mean, "variance": found.variance}
         return respond(settings, "ok", slices=found.count).to_record(arrays)
 
-    return _answer(message, context, act, lambda *given: respond(*given).to_record())
+    return _answer(message, context, act, lambda *given: respond(*given).to_record(), _site)
 
 
 @app.query("news")
@@ -162,12 +164,12 @@ def tell_news(message: Message, context: Context) -> Message:
         }
         return NewsReply.model_validate(fields).to_record()
 
-    def act(site: "Site") -> RecordDict:
+    def act(site: Consent) -> RecordDict:
         request = NewsRequest.from_record(message.content)
         site.require_consent(request.base_digest)
         return respond(site.settings, "ok", new_cases=site.new_cases(request.since))
 
-    return _answer(message, context, act, respond)
+    return _answer(message, context, act, respond, Consent)
 
 
 @app.train("round")
@@ -255,7 +257,7 @@ def _round(message: Message, context: Context, train: bool) -> Message:
         arrays = state_record(plan, sent, request.wire)
         return _round_reply(request, site.settings, "ok", "", fields).to_record(arrays)
 
-    return _answer(message, context, act, respond)
+    return _answer(message, context, act, respond, _site)
 
 
 def _told_missing(site: "Site", plan: AdaptationPlan) -> tuple[int, ...]:
@@ -265,11 +267,18 @@ def _told_missing(site: "Site", plan: AdaptationPlan) -> tuple[int, ...]:
     return site.data.labels(plan.labels).missing
 
 
+def _site(settings: SiteSettings) -> "Site":
+    from dafne_federated.client.site import Site
+
+    return Site(settings)
+
+
 def _answer(
     message: Message,
     context: Context,
-    act: Callable[["Site"], RecordDict],
+    act: Callable[[Part], RecordDict],
     respond: Callable[[SiteSettings, str, str], RecordDict],
+    part: Callable[[SiteSettings], Part],
     first: Callable[[], None] | None = None,
 ) -> Message:
     """Let the site act; turn whatever goes wrong into an answer that gives nothing away.
@@ -284,9 +293,7 @@ def _answer(
             raise ApprovalError(str(reason))
         if first is not None:
             first()
-        from dafne_federated.client.site import Site
-
-        content = act(Site(settings))
+        content = act(part(settings))
     except (ApprovalError, MessageError, StateError) as error:  # our own words, no names in them
         log.warning("refused: %s", error)
         content = respond(settings, "refused", plain(error)) if content else content

@@ -7,7 +7,7 @@ so that no result depends on how fast a machine is.
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,9 @@ import numpy.typing as npt
 from dafne_federated.client.site_settings import SiteSettings
 from dafne_federated.core.errors import ApprovalError
 from dafne_federated.core.plan import AdaptationPlan
-from dafne_federated.core.training import Batches
+
+if TYPE_CHECKING:
+    from dafne_federated.core.training import Batches
 
 
 def require_cases(settings: SiteSettings) -> None:
@@ -75,14 +77,14 @@ class Clock:
             msg = f"this site works at most {self.seconds:g} s on a message, and this needs longer"
             raise ApprovalError(msg)
 
-    def over(self, slices: Batches) -> Batches:
+    def over(self, slices: "Batches") -> "Batches":
         """Return slices that check the time with each batch that is taken of them."""
         return slices if self.seconds is None else _Timed(slices, self)
 
 
 @dataclass(frozen=True)
 class _Timed:
-    slices: Batches
+    slices: "Batches"
     clock: Clock
 
     def __len__(self) -> int:

@@ -21,6 +21,7 @@ from dafne_federated.client.guard import REPLACED, installed_loader, look_at_bun
 from dafne_federated.client.refusals import REFUSALS
 from dafne_federated.core.flower_bundle import write_app
 from dafne_federated.core.handshake import own_versions
+from dafne_federated.core.news import QUERY_NEWS, NewsReply, NewsRequest
 from dafne_federated.core.wire import Offer, OfferReply
 
 
@@ -109,7 +110,7 @@ def test_no_text_of_an_exception_is_handed_to_flower(ask: Callable[..., Any]) ->
         ask(OFFER, "query.unheard_of")
 
 
-def test_other_versions_and_code_are_refused_before_tensorflow_is_loaded(tmp_path: Path) -> None:
+def test_what_asks_only_for_consent_is_answered_without_loading_tensorflow(tmp_path: Path) -> None:
     code = """
 import pathlib, sys
 from tests.client.test_guard import *
@@ -121,14 +122,17 @@ from flwr.app import ConfigRecord
 other = dict(OFFER["message"]) | {"keras": "1.0.0", "protocol": 7}
 offer = RecordDict({"message": ConfigRecord(other)})
 print(OfferReply.from_record(ask(offer, "query.offer")).reason)
+news = NewsRequest(base_digest="a" * 64).to_record()
+print(NewsReply.from_record(ask(news, QUERY_NEWS)).reason)
 print(sorted({"keras", "tensorflow", "dafne_dl"} & sys.modules.keys()))
 """
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path],
         cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
     )  # fmt: skip
-    damaged, versions, loaded = done.stdout.splitlines() or [done.stderr] * 3
+    damaged, versions, news, loaded = done.stdout.splitlines() or [done.stderr] * 4
     assert damaged == "declined: the bundle is damaged"
     assert versions.startswith("versions differ: protocol 1 at this site and 7 at the coordinator")
     assert "and 1.0.0 at the coordinator" in versions
+    assert news == "base model aaaaaaaaaaaaaaaa is not approved at this site"
     assert loaded == "[]"

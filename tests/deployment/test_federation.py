@@ -255,7 +255,6 @@ def test_a_run_goes_on_after_kills_and_ends_in_the_same_bits(
     ]
 
 
-@pytest.mark.skip(reason="not seen to pass yet; benchmarks/faults.py does the same, and more")
 def test_a_run_bears_what_goes_wrong_between_hospitals(
     deployment: Deployment, network: BadNetwork, finished: RunFolder, trained: Any
 ) -> None:
@@ -338,7 +337,6 @@ def test_a_site_that_is_revoked_is_sent_away_and_its_key_stays_out(
     assert [site["name"] for site in json.loads(server.sites.read_text())] == ["clinic", "hospital"]
 
 
-@pytest.mark.skip(reason="not seen to pass yet; test_work_starter.py does it without a run")
 def test_where_the_guard_vanishes_while_a_site_runs_nothing_runs(
     deployment: Deployment, finished: RunFolder, tmp_path: Path
 ) -> None:
