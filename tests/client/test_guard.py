@@ -21,7 +21,6 @@ from dafne_federated.client.guard import REPLACED, installed_loader, look_at_bun
 from dafne_federated.client.refusals import REFUSALS
 from dafne_federated.core.flower_bundle import write_app
 from dafne_federated.core.handshake import own_versions
-from dafne_federated.core.news import QUERY_NEWS, NewsReply, NewsRequest
 from dafne_federated.core.wire import Offer, OfferReply
 
 
@@ -113,6 +112,7 @@ def test_no_text_of_an_exception_is_handed_to_flower(ask: Callable[..., Any]) ->
 def test_what_asks_only_for_consent_is_answered_without_loading_tensorflow(tmp_path: Path) -> None:
     code = """
 import pathlib, sys
+from dafne_federated.core.news import QUERY_NEWS, NewsReply, NewsRequest
 from tests.client.test_guard import *
 ask = asking(pathlib.Path(sys.argv[1]))
 look_at_bundle(b"")
