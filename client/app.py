@@ -1,21 +1,21 @@
 """The Flower ClientApp of a site: read the message, let the site act, answer.
 
-Whatever goes wrong at a site, its answer holds a status and plain words of ours: texts of
-exceptions, paths and names never leave. What asks only for consent is answered without loading
-TensorFlow, which comes with ``site.py``.
+What goes wrong becomes words of ours, see ``answering.py``. What asks only for consent is answered
+without loading TensorFlow, which comes with ``site.py``.
 """
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from dafne_federated.client.answering import answer, working_site
 from dafne_federated.client.consent import Consent
-from dafne_federated.client.site_settings import REFUSED, SiteSettings, site_of
-from dafne_federated.core.errors import ApprovalError, MessageError, StateError
+from dafne_federated.client.site_settings import SiteSettings
+from dafne_federated.core.errors import ApprovalError, MessageError
 from dafne_federated.core.files import sha256
 from dafne_federated.core.handshake import (
     difference,
@@ -37,7 +37,6 @@ from dafne_federated.core.wire import (
     RoundRequest,
     StatisticsReply,
     StatisticsRequest,
-    plain,
 )
 from dafne_federated.core.wire_arrays import state_record, take_arrays, take_bytes, take_state
 
@@ -46,12 +45,16 @@ if TYPE_CHECKING:
     from dafne_federated.core.metrics import Agreement
 
 log = logging.getLogger(__name__)
-Part = TypeVar("Part", bound=Consent)  # of a site that a message needs
 
 LARGEST_BASE = 4 * 2**30  # bytes
-FAILED = "the site could not do this; its own log says why"
 
 app = ClientApp()
+
+
+@app.query("alive")
+def say_nothing(message: Message, _context: Context) -> Message:
+    """Answer, which says that all that was asked before is done with."""
+    return Message(RecordDict({}), reply_to=message)
 
 
 @app.query("offer")
@@ -82,7 +85,7 @@ def consider_offer(message: Message, context: Context) -> Message:
             rank=settings.rank,
         )
 
-    return _answer(message, context, act, _offer_reply, Consent, shake_hands)
+    return answer(message, context, act, _offer_reply, Consent, shake_hands)
 
 
 @app.train("base")
@@ -104,7 +107,7 @@ def store_base(message: Message, context: Context) -> Message:
         site.cache.keep_base(data)
         return _base_reply(site.settings, "stored")
 
-    return _answer(message, context, act, _base_reply, Consent)
+    return answer(message, context, act, _base_reply, Consent)
 
 
 @app.query("statistics")
@@ -145,7 +148,7 @@ def share_statistics(message: Message, context: Context) -> Message:
         arrays = {"mean": found.mean, "variance": found.variance}
         return respond(settings, "ok", slices=found.count).to_record(arrays)
 
-    return _answer(message, context, act, lambda *given: respond(*given).to_record(), _site)
+    return answer(message, context, act, lambda *given: respond(*given).to_record(), working_site)
 
 
 @app.query("news")
@@ -169,7 +172,7 @@ def tell_news(message: Message, context: Context) -> Message:
         site.require_consent(request.base_digest)
         return respond(site.settings, "ok", new_cases=site.new_cases(request.since))
 
-    return _answer(message, context, act, respond, Consent)
+    return answer(message, context, act, respond, Consent)
 
 
 @app.train("round")
@@ -221,14 +224,14 @@ def _round(message: Message, context: Context, train: bool) -> Message:
         fields["training_cases"] = len(site.settings.training)
         require_noise(site.settings, request.mechanism)
         if request.mechanism:
-            answer = train_privately(site, plan, state, request, request.mechanism)
-            state = answer.state
+            private = train_privately(site, plan, state, request, request.mechanism)
+            state = private.state
             fields |= {
                 "unit": UNIT,
-                "epsilon": answer.epsilon,
-                "delta": answer.delta,
-                "steps": answer.steps,
-                "seconds": answer.seconds,
+                "epsilon": private.epsilon,
+                "delta": private.delta,
+                "steps": private.steps,
+                "seconds": private.seconds,
             }
         else:
             state, result, slices = site.train(
@@ -257,7 +260,7 @@ def _round(message: Message, context: Context, train: bool) -> Message:
         arrays = state_record(plan, sent, request.wire)
         return _round_reply(request, site.settings, "ok", "", fields).to_record(arrays)
 
-    return _answer(message, context, act, respond, _site)
+    return answer(message, context, act, respond, working_site)
 
 
 def _told_missing(site: "Site", plan: AdaptationPlan) -> tuple[int, ...]:
@@ -265,41 +268,6 @@ def _told_missing(site: "Site", plan: AdaptationPlan) -> tuple[int, ...]:
     if site.settings.min_noise and site.settings.annotated is None:
         return ()
     return site.data.labels(plan.labels).missing
-
-
-def _site(settings: SiteSettings) -> "Site":
-    from dafne_federated.client.site import Site
-
-    return Site(settings)
-
-
-def _answer(
-    message: Message,
-    context: Context,
-    act: Callable[[Part], RecordDict],
-    respond: Callable[[SiteSettings, str, str], RecordDict],
-    part: Callable[[SiteSettings], Part],
-    first: Callable[[], None] | None = None,
-) -> Message:
-    """Let the site act; turn whatever goes wrong into an answer that gives nothing away.
-
-    Where not even the site's own settings or the message can be read, the answer is empty.
-    """
-    content = RecordDict({})
-    try:
-        settings = site_of(context)
-        content = respond(settings, "failed", FAILED)
-        if reason := context.node_config.get(REFUSED):
-            raise ApprovalError(str(reason))
-        if first is not None:
-            first()
-        content = act(part(settings))
-    except (ApprovalError, MessageError, StateError) as error:  # our own words, no names in them
-        log.warning("refused: %s", error)
-        content = respond(settings, "refused", plain(error)) if content else content
-    except Exception:  # nothing of it may leave the site
-        log.exception("the site failed")
-    return Message(content, reply_to=message)
 
 
 def _offer_reply(

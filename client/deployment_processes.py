@@ -2,7 +2,7 @@
 
 import sys
 
-from dafne_federated.client import work_starter
+from dafne_federated.client import node, work_starter
 from dafne_federated.client.deployment_folder import SiteFolder
 from dafne_federated.client.refusals import REFUSALS
 from dafne_federated.core.flower_command import quiet_environment
@@ -19,8 +19,8 @@ def site_programs(folder: SiteFolder) -> list[Program]:
         REFUSALS: str(folder.refusals),
     }
     secret = ("--superexec-auth-secret-file", str(folder.secret))
-    node = (
-        *("flower-supernode", "--superlink", connection.coordinator),
+    supernode = (
+        *(sys.executable, "-P", "-m", node.__name__, "--superlink", connection.coordinator),
         *("--root-certificates", str(folder.coordinator)),
         *("--auth-supernode-private-key", str(folder.key), "--isolation", "process", *secret),
         *("--node-config", f'site="{folder.settings_file}"'),
@@ -33,7 +33,7 @@ def site_programs(folder: SiteFolder) -> list[Program]:
         *secret,
         *("--health-server-address", f"127.0.0.1:{first + 2}"),
     )
-    return [Program("node", node, environment), Program("work", executor, environment)]
+    return [Program("node", supernode, environment), Program("work", executor, environment)]
 
 
 def start_site(folder: SiteFolder) -> None:

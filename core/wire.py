@@ -21,6 +21,7 @@ from dafne_federated.core.privacy_accountant import LEAST_NOISE, LEAST_RATE, Mec
 from dafne_federated.core.strategy_table import Factors, OptimiserChoice, RoundRule
 
 PROTOCOL = 1
+QUERY_ALIVE = "query.alive"  # without content, and answered without
 QUERY_OFFER = "query.offer"
 TRAIN_BASE = "train.base"
 TRAIN_ROUND = "train.round"

@@ -8,7 +8,7 @@ from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from dafne_federated.server.node_restarts import LOOK, NodeRestarts
+from dafne_federated.server.lost_messages import LOOK, LostMessages
 
 Replies = dict[str, RecordDict | None]
 Kept = TypeVar("Kept")
@@ -27,7 +27,7 @@ def exchange(
 ) -> dict[str, Kept]:
     """Send each site its message and return what is kept of the answers that came in time.
 
-    A site whose program was started again meanwhile is asked again.
+    A site that lost its message, or whose answer was lost, is asked again.
 
     Args:
         grid: Flower's connection to the sites.
@@ -47,14 +47,14 @@ def exchange(
         What was kept, by site. Sites that did not answer in time are not in it.
     """
     asked: dict[str, str] = {}
-    restarts = NodeRestarts(grid)
+    lost = LostMessages(grid)
     end = time.monotonic() + deadline
     left = dict.fromkeys(contents, retries)
     kept: dict[str, Kept] = {}
 
     def ask(names: Iterable[str]) -> None:
         chosen = sorted(names)
-        restarts.asked([nodes[name] for name in chosen])
+        lost.asked([nodes[name] for name in chosen])
         messages = [
             Message(contents[name], nodes[name], message_type, ttl=deadline + 600.0, group_id=group)
             for name in chosen
@@ -91,10 +91,10 @@ def exchange(
             continue
         if failed or now > look:
             look = now + LOOK
-            online = restarts.online([nodes[name] for name in failed])
+            online = lost.online([nodes[name] for name in failed])
             again = {name for name in failed if nodes[name] in online}
-            begun = restarts.since([nodes[name] for name in asked.values()])
-            again |= {name for name in asked.values() if nodes[name] in begun}
+            vain = lost.of([nodes[name] for name in asked.values()])
+            again |= {name for name in asked.values() if nodes[name] in vain}
             failed -= again
             away -= again
             if again:

@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 
 from dafne_federated.core.rank_cut import Cut
 from dafne_federated.core.wire import EVALUATE_STATE, TRAIN_ROUND, RoundRequest
-from dafne_federated.server.node_restarts import NodeRestarts
+from dafne_federated.server.lost_messages import LostMessages
 
 # A message outlives its round and the next one, where its answer is a late one, by so many seconds.
 _LONGER = 600.0
@@ -67,7 +67,7 @@ class Questions:
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
         self._open: dict[str, Question] = {}
-        self._restarts = NodeRestarts(grid)
+        self._lost = LostMessages(grid)
 
     def ask(self, asks: Mapping[str, Ask], nodes: Mapping[str, int], wait: float) -> None:
         """Send each site its message.
@@ -78,7 +78,7 @@ class Questions:
             wait: Longest wait for the answer, in seconds.
         """
         names, ttl = sorted(asks), 2 * wait + _LONGER
-        self._restarts.asked([nodes[name] for name in names])
+        self._lost.asked([nodes[name] for name in names])
         messages = [
             Message(
                 asks[name].content,
@@ -111,13 +111,13 @@ class Questions:
         return any((q.site, q.round) == (site, number) for q in self._open.values())
 
     def lost(self, sites: Collection[str], nodes: Mapping[str, int]) -> list[str]:
-        """Return those of the sites that were started again since they were asked last."""
-        begun = self._restarts.since([nodes[site] for site in sites])
-        return sorted(site for site in sites if nodes[site] in begun)
+        """Return those of the sites that lost what they were asked last, or their answer."""
+        vain = self._lost.of([nodes[site] for site in sites])
+        return sorted(site for site in sites if nodes[site] in vain)
 
     def online(self, sites: Collection[str], nodes: Mapping[str, int]) -> list[str]:
         """Return those of the sites that are online."""
-        online = self._restarts.online([nodes[site] for site in sites])
+        online = self._lost.online([nodes[site] for site in sites])
         return sorted(site for site in sites if nodes[site] in online)
 
     def forget(self, site: str, number: int) -> None:

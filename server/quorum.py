@@ -10,9 +10,9 @@
    begins with it.
 
 An asked-again site trains from the same state with the same seed, so that it does not matter which
-of the messages it answers. A site whose program was started again has forgotten what it was asked,
-and is asked again at once; that is no retry. Nor is it one where a site was offline for a while:
-Flower lets go of what it was asked, and of its answer too, so it is asked again when it is back.
+of the messages it answers. A site that lost what it was asked, or whose answer was lost, is asked
+again at once; that is no retry. Nor is it one where a site was offline for a while: Flower lets go
+of what it was asked, and of its answer too, so it is asked again when it is back.
 Every wait has an end: ``(deadline + grace) * (retries + 1)`` in all.
 """
 
@@ -28,7 +28,7 @@ from dafne_federated.core.strategy_table import BOUNDED_RULES, updates_suffice
 from dafne_federated.core.wire import record_bytes
 from dafne_federated.server.answers import Answer
 from dafne_federated.server.late_answers import LateAnswer
-from dafne_federated.server.node_restarts import LOOK
+from dafne_federated.server.lost_messages import LOOK
 from dafne_federated.server.questions import Ask, Question, Questions
 from dafne_federated.strategies.update_gate import Verdict
 
@@ -97,7 +97,7 @@ def collect(
                 look = time.monotonic() + LOOK
                 back = questions.online(away, nodes) if away else []
                 if again := sorted({*questions.lost(waiting - away, nodes), *back}):
-                    log.warning("%s is there again and is asked again", ", ".join(again))
+                    log.warning("%s: message or answer lost, asked again", ", ".join(again))
                     questions.ask({site: asks[site] for site in again}, nodes, wait)
                     away -= set(again)
             over = time.monotonic() - end

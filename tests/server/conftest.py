@@ -117,6 +117,8 @@ class PretendSite:
                 status="ok",
                 new_cases=self.cases - self.trained.get(asked.since or "", 0),
             ).to_record()
+        elif kind == "query.alive":
+            content = RecordDict({})
         elif kind == "train.base":
             assert take_bytes(message.content, "base", 100) == BASE
             self.has_base = True

@@ -13,7 +13,7 @@ from flwr.app import Array, Error, Message, RecordDict
 from dafne_federated.core.errors import RunError
 from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.core.state import state_bytes
-from dafne_federated.server import quorum
+from dafne_federated.server import exchange, lost_messages, quorum
 from dafne_federated.server.rounds import run_rounds
 
 Make = Callable[..., Any]
@@ -102,6 +102,36 @@ def test_a_site_that_was_started_again_is_asked_again_at_once(
     assert [line.attempts for line in folder.rounds()] == [1, 1, 1, 1]
     assert site(grid, "site-a").received.count("train.round") == 3
     assert site(grid, "site-b").received.count("train.round") == 4
+
+
+@pytest.mark.parametrize("kind", ["round", "offer"])
+def test_a_site_whose_message_or_answer_was_lost_is_asked_again(
+    new_run: Make, make_grid: Make, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    smooth = new_run()
+    run_rounds(make_grid(smooth, "ab"), smooth)
+    monkeypatch.setattr(lost_messages, "FIRST", 0.3)
+    monkeypatch.setattr(quorum, "LOOK", 0.1)
+    monkeypatch.setattr(exchange, "LOOK", 0.1)
+    folder = new_run(deadline=600, retries=0)
+    grid = make_grid(folder, "ab")
+    group, times_lost = {"round": ("2", 2), "offer": ("0", 1)}[kind]
+    lost: list[str] = []
+
+    def lose(message: Message, content: RecordDict) -> RecordDict | None:
+        kind = message.metadata.message_type
+        if message.metadata.group_id == group and kind != "query.alive" and len(lost) < times_lost:
+            lost.append(kind)
+            return None
+        return content
+
+    site(grid, "site-b").change = lose
+    run_rounds(grid, folder)
+    assert final(folder) == final(smooth)
+    assert [line.attempts for line in folder.rounds()] == [1, 1, 1, 1]
+    assert lost == {"round": ["train.round"] * 2, "offer": ["query.offer"]}[kind]
+    assert "query.alive" in site(grid, "site-b").received
+    assert site(grid, "site-a").received.count("train.round") == 3
 
 
 def goes_offline(grid: Any, group: str, seconds: float) -> threading.Timer:
