@@ -22,7 +22,7 @@ _ROLES = {
     "flwr-serverapp": "coordinator: ServerApp (the rounds)",
     "server run": "coordinator: command server run",
     "site start": "site: supervisor",
-    "flower-supernode": "site: SuperNode",
+    "client.node": "site: SuperNode",
     "client.work_starter": "site: SuperExec",
     "flwr-clientapp": "site: ClientApp (one message)",
     "client.guard": "site: ClientApp (one message)",

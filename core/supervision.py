@@ -29,7 +29,7 @@ from dafne_federated.core.leftover_processes import MARK, ended_afterwards
 log = logging.getLogger(__name__)
 
 _POLL = 0.3  # seconds between two looks
-_LONGEST_PAUSE = 30.0  # seconds before a program that keeps ending is started again
+_LONGEST_PAUSE = 10.0  # seconds before a program that keeps ending is started again
 _STEADY = 60.0  # seconds after which a program counts as started well
 _LARGEST_LOG = 50 * 2**20  # bytes; then the log is put aside, and the one before it removed
 

@@ -22,7 +22,7 @@ from flwr.serverapp import Grid
 from dafne_federated.core.wire import QUERY_ALIVE
 
 LOOK = 5.0  # seconds between two looks
-FIRST = 20.0  # seconds from what was asked to the first small question; then twice as long
+FIRST = 10.0  # seconds from what was asked to the first small question; then twice as long
 
 
 @dataclass

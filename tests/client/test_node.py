@@ -24,15 +24,21 @@ def test_flower_sends_answers_by_the_name_that_is_replaced() -> None:
 
 
 class Coordinator:
-    """Keeps pieces as Flower's does; the answer to some of what is sent is lost on the way."""
+    """Keeps pieces as Flower's does; the answer to some of what is sent is lost on the way.
 
-    def __init__(self, pieces: set[str], loses: float, seed: int = 0) -> None:
+    Once ``awaited``, a known answer that is announced again is as one that nobody asked for.
+    """
+
+    def __init__(self, pieces: set[str], loses: float, seed: int = 0, awaited: bool = False):
         self.pieces, self.loses, self.chance = pieces, loses, random.Random(seed)
+        self.awaited = awaited
         self.stored: dict[str, bytes] = {}
         self.session, self.wanted = 0, set[str]()
 
     def announce(self, message: str, tree: str, seconds: float) -> tuple[set[str], str]:
         assert (message, tree, seconds) == ("answer", "tree", 1.0)
+        if self.session and self.awaited:
+            return set(), "nothing"
         self.session += 1
         self.wanted = self.pieces - self.stored.keys()
         return set(self.wanted), str(self.session)
@@ -48,11 +54,14 @@ class Coordinator:
             lost = self.chance.random() < self.loses
 
 
+@pytest.mark.parametrize("awaited", [False, True])
 @pytest.mark.parametrize("seed", range(5))
-def test_every_piece_arrives_once_and_whole(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_piece_arrives_once_and_whole(
+    seed: int, awaited: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(node, "_LONGEST_PAUSE", 0.01)
     contents = {f"piece-{number}": bytes([number]) for number in range(40)}
-    coordinator = Coordinator(set(contents), loses=0.3, seed=seed)
+    coordinator = Coordinator(set(contents), loses=0.3, seed=seed, awaited=awaited)
     held = Announcement(coordinator.announce, coordinator.push)
     wanted, session = held.announce("answer", "tree", 1.0)
     with ThreadPoolExecutor(4) as threads:

@@ -109,7 +109,7 @@ def kill_gateway(stage: Stage, _random: random.Random) -> str:
 
 
 def kill_node(stage: Stage, chance: random.Random) -> str:
-    return stage.kill(_some_site(stage, chance), "flower-supernode")
+    return stage.kill(_some_site(stage, chance), "client.node")
 
 
 def kill_work_starter(stage: Stage, chance: random.Random) -> str:

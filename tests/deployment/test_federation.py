@@ -279,7 +279,7 @@ def test_a_run_bears_what_goes_wrong_between_hospitals(
     kills = [stage.kill(server.lock, "server.gateway")]
     begins(1)
     kills.append(stage.kill(clinic, "client.guard"))
-    kills.append(stage.kill(hospital, "flower-supernode"))
+    kills.append(stage.kill(hospital, "client.node"))
     begins(2)
     kills.append(stage.kill(clinic, "client.work_starter"))
     kills.append(stage.kill(server.lock, "flower-superexec"))
