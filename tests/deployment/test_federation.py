@@ -142,10 +142,13 @@ def test_a_doctored_base_of_the_same_name_is_refused_and_the_change_shown(
     assert prepared(deployment) == before
 
 
-def coded_run(deployment: Deployment, finished: RunFolder, name: str, marker: Path) -> RunFolder:
+def coded_run(
+    deployment: Deployment, finished: RunFolder, name: str, marker: Path, deadline: float
+) -> RunFolder:
     """Start a run whose bundle holds a program that would leave ``marker`` behind."""
-    server = deployment.server
-    info = finished.info().model_copy(update={"run": uuid.uuid4().hex})
+    server, known = deployment.server, finished.info()
+    settings = known.settings.model_copy(update={"deadline": deadline})
+    info = known.model_copy(update={"run": uuid.uuid4().hex, "settings": settings})
     run = RunFolder.create(server.run_path(name), info, finished.plan(), finished.base.read_bytes())
     with tempfile.TemporaryDirectory(prefix="coded-") as folder:
         write_app(Path(folder), run.path)
@@ -165,7 +168,7 @@ def test_a_bundle_with_code_is_refused_and_no_bundle_is_unpacked(
     deployment: Deployment, finished: RunFolder, tmp_path: Path
 ) -> None:
     marker, server = tmp_path / "it-ran", deployment.server
-    run = coded_run(deployment, finished, "coded", marker)
+    run = coded_run(deployment, finished, "coded", marker, 300.0)
     words = "declined: the bundle holds more than configuration"
     with pytest.raises(RunError, match=f"clinic: {words}; hospital: {words}"):
         list(watch(server, run, 0))
@@ -354,8 +357,8 @@ def test_where_the_guard_vanishes_while_a_site_runs_nothing_runs(
         words = "practice             online"
         wait_for(lambda: words in deployment.done("server", "sites", server.path), 120)
         (tmp_path / "copy/dafne_federated/client/guard.py").unlink()
-        run = coded_run(deployment, finished, "unguarded", tmp_path / "it-ran")
-        said = r"practice: its program ended without an answer"
+        run = coded_run(deployment, finished, "unguarded", tmp_path / "it-ran", 20.0)
+        said = "practice: no answer within 20 s"
         with pytest.raises(RunError, match=said):
             list(watch(server, run, 0))
         assert "refused:" in (status := deployment.done("site", "status", practice.path))
