@@ -56,4 +56,6 @@ def _version_line(version: RunFolder) -> str:
     if result.decision and result.decision.change is not None:
         persons = f"{result.decision.persons} persons who accept"
         words += f"; Dice {result.decision.change:+.3f} in {persons}"
+        if (base := result.decision.base) is not None and base.change is not None:
+            words += f", {base.change:+.3f} from the base"
     return f"{words}; {f'released {result.release}' if result.released else 'nothing released'}"

@@ -1,4 +1,4 @@
-"""How a state compares with its base in the site's validation persons: what the gate decides by.
+"""How a state compares with others in the site's validation persons: what the gate decides by.
 
 The Dice of each person stay here; what leaves is how many persons there were, and sums.
 """
@@ -44,21 +44,22 @@ def compared_with_start(
 ) -> tuple[list[Agreement], dict[str, object]]:
     """Return the agreement of ``state`` on the validation cases, and the sums that may leave.
 
-    What is compared with is measured once, where it is not ``state`` itself, and kept in the
-    site's cache: so a site can compare whenever it joins.
+    What is compared with, the base and ``first`` before it, is measured once, where it is not
+    ``state`` itself, and kept in the site's cache: so a site can compare whenever it joins.
 
     Args:
         site: The site.
         plan: The plan of ``state``.
         state: What is measured.
-        first: The state that the run started from; by default the base, unchanged.
+        first: The state that the run started from, where that is not the base, unchanged.
     """
     cases = {ref.name: ref for ref in open_folder(site.settings.data).cases}
-    before = _before(site, cases, plan, state, first)
+    states = (None,) if first is None else (first, None)
+    before = [_before(site, cases, plan, state, one) for one in states]
     rows = site.evaluate(plan, state)
     here = {name: cases[name].person for name in site.settings.validation}
-    parts = paired_changes(rows if before is None else before, rows, here)
-    return rows, change_fields(plan.labels, parts)
+    parts = [paired_changes(rows if old is None else old, rows, here) for old in before]
+    return rows, change_fields(plan.labels, *parts)
 
 
 def _before(
@@ -68,7 +69,7 @@ def _before(
     state: State,
     first: State | None,
 ) -> list[Agreement] | None:
-    """Return the agreement of what is compared with; None if that is ``state`` itself."""
+    """Return the agreement of ``first``, or of the base; None if that is ``state`` itself."""
     if first is None:
         first, digest = initial_state(plan, 0, state_rank(plan, state)), "base"
         if not any(value.any() for key, value in state.items() if not key.endswith("/a")):

@@ -1,5 +1,7 @@
 """What the acceptance gate decided, and on what: part of the record of a run."""
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -36,6 +38,9 @@ class GateDecision(BaseModel):
         change: Mean change over sites of the mean over labels; None without any person.
         lines: By label, and by site and label.
         looked_at: Rounds that those who accept have judged, this one last.
+        against: What the state is compared with: the base, or the release that the run started
+            from.
+        base: The same against the base, for a state that passed against such a release.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -47,3 +52,5 @@ class GateDecision(BaseModel):
     change: float | None
     lines: tuple[GateLine, ...]
     looked_at: tuple[int, ...] = ()
+    against: Literal["base", "start"] = "base"
+    base: "GateDecision | None" = None

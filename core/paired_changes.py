@@ -52,6 +52,7 @@ class PairedChange(BaseModel):
 
 
 Changes = dict[str, PairedChange]  # by label
+Parts = tuple[Changes, Changes]  # in those who choose, and in those who accept
 
 
 def together(parts: Iterable[PairedChange]) -> PairedChange:
@@ -84,11 +85,11 @@ def paired_changes(
     after: Sequence[Agreement],
     persons: Mapping[str, str],
     accepts: Collection[str] | None = None,
-) -> tuple[Changes, Changes]:
+) -> Parts:
     """Return how the persons that choose changed, and how those that accept did.
 
     Args:
-        before: Agreement with the base.
+        before: Agreement with the base, or with another state.
         after: Agreement of the same cases with another state.
         persons: Whose each case is, by its name.
         accepts: Who accepts; by default as ``accepting`` says.
@@ -102,7 +103,7 @@ def paired_changes(
             person = persons[row.case]
             own = found.setdefault((row.label, person in accepts), {})
             own.setdefault(person, []).append(row.dice - old)
-    parts: tuple[Changes, Changes] = {}, {}
+    parts: Parts = {}, {}
     for (label, accepts_here), of_persons in found.items():
         values = [math.fsum(own) / len(own) for _, own in sorted(of_persons.items())]
         parts[accepts_here][label] = PairedChange(
@@ -113,9 +114,14 @@ def paired_changes(
     return parts
 
 
-def change_fields(labels: Sequence[str], parts: tuple[Changes, Changes]) -> dict[str, object]:
-    """Return what travels: numbers for each label, first of those who choose; see ``told``."""
-    cells = [part.get(label) for part in parts for label in labels]
+def change_fields(labels: Sequence[str], *compared: Parts) -> dict[str, object]:
+    """Return what travels: numbers for each label, first of those who choose; see ``told``.
+
+    Args:
+        labels: Those of the plan.
+        compared: The changes from each state that was compared with, of the same persons.
+    """
+    cells = [part.get(label) for parts in compared for part in parts for label in labels]
     return {
         "change_persons": [cell.persons if cell else 0 for cell in cells],
         "change_total": [cell.total if cell else 0.0 for cell in cells],
@@ -124,23 +130,39 @@ def change_fields(labels: Sequence[str], parts: tuple[Changes, Changes]) -> dict
 
 
 def told(
-    labels: Sequence[str], persons: Sequence[int], total: Sequence[float], squares: Sequence[float]
-) -> tuple[Changes, Changes]:
+    labels: Sequence[str],
+    persons: Sequence[int],
+    total: Sequence[float],
+    squares: Sequence[float],
+    states: int = 1,
+) -> list[Parts]:
     """Return what a site said of those who choose and of those who accept; nothing is fine, too.
 
+    Args:
+        labels: Those of the plan.
+        persons: See ``change_fields``; so are the other two.
+        total: Sums of differences.
+        squares: Sums of their squares.
+        states: How many states the site compared with.
+
     Raises:
-        StateError: These cannot be counts and sums of differences of Dice.
+        StateError: These cannot be counts and sums of differences of Dice, or not of the same
+            persons for each state.
     """
-    size = len(persons)
-    if size != len(total) or size != len(squares) or size not in (0, 2 * len(labels)):
-        msg = f"change: expected {2 * len(labels)} counts and sums, got {size}"
+    size, each = len(persons), 2 * len(labels)
+    if size != len(total) or size != len(squares) or size not in (0, states * each):
+        msg = f"change: expected {states * each} counts and sums, got {size}"
         raise StateError(msg)
-    parts: tuple[Changes, Changes] = {}, {}
+    if list(persons) != list(persons[:each]) * (size // each):
+        msg = "change: expected the same numbers of persons for each state, got others"
+        raise StateError(msg)
+    found: list[Parts] = [({}, {}) for _ in range(states)]
     for index in (i for i in range(size) if persons[i]):
         count, own, square = persons[index], total[index], squares[index]
         if not own**2 / count - _ROUNDING <= square <= count + _ROUNDING:
             msg = f"change: expected sums of {count} differences of Dice, got {own:g}, {square:g}"
             raise StateError(msg)
-        part, label = divmod(index, len(labels))
-        parts[part][labels[label]] = PairedChange(persons=count, total=own, squares=square)
-    return parts
+        state, (part, label) = index // each, divmod(index % each, len(labels))
+        change = PairedChange(persons=count, total=own, squares=square)
+        found[state][part][labels[label]] = change
+    return found

@@ -81,8 +81,11 @@ class SiteRound(BaseModel):
         bytes_up: Bytes of records it sent.
         dice: Dice of the state that it received, per label; None where not measured.
         dice_cases: Validation cases behind each Dice.
-        choose: How the Dice changed from the base, in the persons who choose a round.
+        choose: How the Dice changed from what the run started from, the base or a release, in the
+            persons who choose a round.
         accept: The same in those who accept it; see ``core/paired_changes.py``.
+        choose_base: After a start from a release, how it changed from the base.
+        accept_base: The same in those who accept.
         device: What it ran on.
         update_norm: How far its update moves the base; see ``strategies/outliers.py``.
         share: How much of its weight a robust rule or the cap left; 0 if it was left out.
@@ -108,6 +111,8 @@ class SiteRound(BaseModel):
     dice_cases: dict[str, int] = Field(default_factory=dict)
     choose: Changes = Field(default_factory=dict)
     accept: Changes = Field(default_factory=dict)
+    choose_base: Changes = Field(default_factory=dict)
+    accept_base: Changes = Field(default_factory=dict)
     device: str = ""
     update_norm: float = 0.0
     share: float = 1.0

@@ -170,7 +170,7 @@ class RoundRequest(WireMessage):
         proximal: How strongly it holds to the state that comes along; see ``core/proximal.py``.
         local_rank: Rank of what each site adds for itself; see ``core/local_part.py``.
         first: Whether the state that the run started from comes along, too, as arrays ``first``,
-            for the site to compare with in place of the base.
+            for the site to compare with before it compares with the base.
     """
 
     protocol: Literal[1] = 1
@@ -208,6 +208,11 @@ class RoundRequest(WireMessage):
         if self.noise is None or self.clip is None or self.person_rate is None:
             return None
         return Mechanism(self.noise, self.clip, self.person_rate)
+
+    @property
+    def states(self) -> int:
+        """With how many states a site compares: the base, and ``first`` if it comes along."""
+        return 1 + self.first
 
     @property
     def rule(self) -> RoundRule:
@@ -283,8 +288,8 @@ class RoundReply(WireMessage):
         dice: Dice of the received state on the site's validation cases, per label of the plan.
         dice_cases: In how many cases each label could be measured; 0 makes its Dice void.
         change_persons: In how many validation persons the Dice could be compared with that of the
-            base, or of ``first``: for each label in those who choose a round, then in those who
-            accept it.
+            base: for each label in those who choose a round, then in those who accept it. Where
+            ``first`` came along, all of this for that state, then for the base.
         change_total: Sum of these persons' differences; see ``core/paired_changes.py``.
         change_squares: Sum of their squares.
         unit: Whom the noise hides, where the round asked for it.

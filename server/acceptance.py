@@ -3,6 +3,10 @@
 Some validation persons of each site choose the round, the others accept it or not; who is who is
 in ``core/paired_changes.py``. A reference folder of the coordinator's, if there is one, is one more
 place whose persons all accept.
+
+After a start from an earlier release a round has to pass twice: against that release, and against
+the base. Each release may lose up to the margin against the one before; against the base all of
+them together may not.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +29,8 @@ _LOOKS = 3
 def decide(
     rounds: Sequence[RoundLine],
     settings: RunSettings,
-    reference: Callable[[int], Changes] | None = None,
+    reference: Callable[[int], Sequence[Changes]] | None = None,
+    from_release: bool = False,
 ) -> tuple[int | None, GateDecision]:
     """Return the round to release, or None, and the decision that was taken last.
 
@@ -35,7 +40,9 @@ def decide(
     Args:
         rounds: All lines; the last one evaluates the final state.
         settings: Those of the run.
-        reference: Gives the changes in the reference folder with the state after a round.
+        reference: Gives the changes in the reference folder with the state after a round: from
+            the start and, if that is a release, from the base.
+        from_release: Whether the run started from an earlier release.
     """
     looked: list[int] = []
     reasons: list[str] = []
@@ -46,11 +53,7 @@ def decide(
             reasons.append(f"round {number}: {missing}")
             continue
         looked.append(number)
-        changes = {name: site.accept for name, site in sorted(line.sites.items())}
-        others = {name: site.choose for name, site in sorted(line.sites.items())}
-        decision = accept(changes, settings, others)
-        if reference is not None and (decision.accepted or decision.few):
-            decision = accept(changes | {REFERENCE: reference(number)}, settings, others)
+        decision = _judged(line, settings, reference, from_release)
         if decision.accepted:
             return number, decision.model_copy(update={"looked_at": tuple(looked)})
         reasons.append(f"round {number}: {decision.reason}")
@@ -105,6 +108,35 @@ def accept(
         change=change,
         lines=tuple(lines),
     )
+
+
+def _judged(
+    line: RoundLine,
+    settings: RunSettings,
+    reference: Callable[[int], Sequence[Changes]] | None,
+    from_release: bool,
+) -> GateDecision:
+    """Return whether the state that a line measured may be released, by all that it has to pass."""
+    sites, number = sorted(line.sites.items()), line.round - 1
+
+    def against(
+        state: int, changes: Mapping[str, Changes], others: Mapping[str, Changes]
+    ) -> GateDecision:
+        found = accept(changes, settings, others)
+        if reference is not None and (found.accepted or found.few):
+            found = accept({**changes, REFERENCE: reference(number)[state]}, settings, others)
+        return found
+
+    decision = against(0, {n: s.accept for n, s in sites}, {n: s.choose for n, s in sites})
+    if not from_release:
+        return decision
+    decision = decision.model_copy(update={"against": "start"})
+    if not decision.accepted:
+        return decision
+    base = against(1, {n: s.accept_base for n, s in sites}, {n: s.choose_base for n, s in sites})
+    reason = f"against the base: {base.reason}" if base.reason else ""
+    told = {"accepted": base.accepted, "reason": reason, "few": base.few, "base": base}
+    return decision.model_copy(update=told)
 
 
 def _best_first(rounds: Sequence[RoundLine]) -> list[RoundLine]:

@@ -64,6 +64,11 @@ class Continuation(BaseModel):
     new_cases: dict[str, int]
     contained: dict[str, Absent] = Field(default_factory=dict)
 
+    @property
+    def from_release(self) -> bool:
+        """Whether the version starts from an earlier release, not from the base."""
+        return bool(self.contained)
+
 
 def staleness(behind: int) -> float:
     """Return which share of its weight a site keeps that trained ``behind`` releases ago."""

@@ -9,8 +9,10 @@ other: the same rounds, gate, release, checkpoints and report. Over and over the
 2. once ``min-sites`` sites announce some, makes the next version and lets these sites train
    ``rounds`` rounds from the state of the last release, while all measure; whoever trained
    before stands in the mean with that state, the less the longer ago (``continuation.py``);
-3. compares the result with what all measured of the state that it started from. What passes is
-   released and the next version starts from it; what does not is left behind.
+3. compares the result with what all measured of the state that it started from, and of the base
+   of the generation: however many versions there are, what they lose together stays within one
+   margin. What passes both is released and the next version starts from it; what does not is left
+   behind.
 
 A process that was killed goes on with the version that was under way, after its last finished
 round; between two versions there is nothing to lose. A version that cannot go on, because its

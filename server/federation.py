@@ -21,7 +21,7 @@ class Federation:
         plan: What is trained.
         members: The sites.
         joined: The first round after they joined.
-        first: The state that the run started from, with which all others are compared.
+        first: The state that the run started from.
         continued: What it takes over from earlier versions, if it is one.
         classes: Counts of the classes at all sites, where they pooled them.
     """
@@ -34,6 +34,11 @@ class Federation:
     first: State
     classes: ClassCounts | None = None
     continued: Continuation | None = None
+
+    @property
+    def from_release(self) -> bool:
+        """Whether ``first`` is an earlier release; else it changes nothing."""
+        return self.continued is not None and self.continued.from_release
 
     @property
     def settings(self) -> RunSettings:

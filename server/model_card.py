@@ -230,11 +230,6 @@ def _limits(
         f"Means over persons: single persons can be worse than with {start}.",
         "What the base was trained on is known only as far as its own makers say.",
     ]
-    if start != "the base":
-        said.append(
-            "Changes are those from the version that it started from; each version may lose up to "
-            "the margin again, so compare with the base as well."
-        )
     if info.settings.privacy == "none":
         said.append(
             "No noise hides who was trained on; whoever has the model could try to find out."

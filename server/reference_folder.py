@@ -20,14 +20,16 @@ from dafne_federated.core.state import State, initial_state, state_rank
 from dafne_federated.server.continuation import continuation, start_state
 
 
-def reference_changes(folder: RunFolder) -> Callable[[int], Changes]:
+def reference_changes(folder: RunFolder) -> Callable[[int], tuple[Changes, ...]]:
     """Return what measures the state after a round in the reference folder, by label.
+
+    The changes are those from what the run started from and, if that is a release, from the base.
 
     Its masks must have the names of the model's labels; all of its persons accept.
     """
-    kept: dict[int, Changes] = {}
+    kept: dict[int, tuple[Changes, ...]] = {}
 
-    def after(number: int) -> Changes:
+    def after(number: int) -> tuple[Changes, ...]:
         if number not in kept:
             kept[number] = _measure(folder, folder.state_after(number))
         return kept[number]
@@ -35,8 +37,8 @@ def reference_changes(folder: RunFolder) -> Callable[[int], Changes]:
     return after
 
 
-def _measure(folder: RunFolder, state: State) -> Changes:
-    """Return how the Dice of each label changes to ``state``, from what the run started from.
+def _measure(folder: RunFolder, state: State) -> tuple[Changes, ...]:
+    """Return how the Dice of each label changes to ``state``; see ``reference_changes``.
 
     Raises:
         ApprovalError: The base is not approved on this machine.
@@ -53,11 +55,13 @@ def _measure(folder: RunFolder, state: State) -> Changes:
     images = open_folder(Path(settings.reference))
     rows: list[list[Agreement]] = []
     record = continuation(folder)
-    first = start_state(folder, record) if record else initial_state(plan, 0)
-    pair = (first, state)  # whose ranks may differ
-    rank = max(state_rank(plan, one) for one in pair)
+    before = [initial_state(plan, 0)]
+    if record is not None and record.from_release:
+        before.insert(0, start_state(folder, record))
+    states = (*before, state)  # whose ranks may differ
+    rank = max(state_rank(plan, one) for one in states)
     adapted = AdaptedNetwork(model.network, plan, rank)
-    for measured in pair:
+    for measured in states:
         adapted.write(_at_rank(plan, measured, rank))
         found: list[Agreement] = []
         for ref in images.cases:
@@ -69,8 +73,8 @@ def _measure(folder: RunFolder, state: State) -> Changes:
             raise DataError(msg)
         rows.append(found)
     persons = {ref.name: ref.person for ref in images.cases}
-    _, accepts = paired_changes(rows[0], rows[1], persons, frozenset(persons.values()))
-    return accepts
+    everybody = frozenset(persons.values())
+    return tuple(paired_changes(old, rows[-1], persons, everybody)[1] for old in rows[:-1])
 
 
 def _at_rank(plan: AdaptationPlan, state: State, rank: int) -> State:

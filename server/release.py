@@ -39,7 +39,9 @@ def release(folder: RunFolder, key: Path | None = None) -> RunResult:
     info, plan, rounds = folder.info(), folder.plan(), folder.rounds()
     base_dice = base_scores(folder)
     reference = reference_changes(folder) if info.settings.reference else None
-    number, reason, decision = choose_round(rounds, info.settings, reference)
+    continued = continuation(folder)
+    from_release = continued is not None and continued.from_release
+    number, reason, decision = choose_round(rounds, info.settings, reference, from_release)
     if number is None:
         result = RunResult(
             released=False,
@@ -53,7 +55,6 @@ def release(folder: RunFolder, key: Path | None = None) -> RunResult:
         return result
     base = parse_model(folder.base_bytes())
     model = adapted_model(base, plan, folder.state_after(number), info.created)
-    continued = continuation(folder)
     told = provenance(info, plan, rounds, number, continued)
     model = replace(model, metadata={**model.metadata, "federated": told})
     name = release_name(base, info.created)
@@ -97,14 +98,16 @@ def release(folder: RunFolder, key: Path | None = None) -> RunResult:
 def choose_round(
     rounds: list[RoundLine],
     settings: RunSettings,
-    reference: Callable[[int], Changes] | None = None,
+    reference: Callable[[int], Sequence[Changes]] | None = None,
+    from_release: bool = False,
 ) -> tuple[int | None, str, GateDecision | None]:
     """Return the round to release, or None; why in words; and what the gate decided, if asked.
 
     Args:
         rounds: All lines; the last one evaluates the final state.
         settings: Those of the run.
-        reference: Gives the changes in the coordinator's own folder with the state after a round.
+        reference: Gives the changes in the coordinator's own folder; see ``acceptance.decide``.
+        from_release: Whether the run started from an earlier release.
     """
     if not STRATEGY_TABLE[settings.strategy].common:
         words = (
@@ -115,7 +118,7 @@ def choose_round(
     if settings.gate == "none":
         words = "the last round, released without a gate as the settings say"
         return rounds[-1].round - 1, words, None
-    number, decision = decide(rounds, settings, reference)
+    number, decision = decide(rounds, settings, reference, from_release)
     if number is None:
         return None, f"no state passed the gate: {decision.reason}", decision
     chosen = any(site.choose for line in rounds for site in line.sites.values())
@@ -128,6 +131,8 @@ def choose_round(
         f"; in {decision.persons} others, who accept, the mean rises by {decision.change:.3f} and "
         "no label lost more than the margin"
     )
+    if decision.base is not None:
+        words += f"; nor against the base, from which it rises by {decision.base.change:.3f}"
     return number, words, decision
 
 

@@ -1,7 +1,7 @@
 """What each site is asked in a round: to train, or to measure only, from a state of its rank.
 
-Sites compare each state with the base. In a version of a federation that goes on they compare it
-with the state that the version started from, which comes along.
+Sites compare each state with the base. In a version that started from an earlier release they
+compare it with that, too, which comes along.
 """
 
 import zlib
@@ -73,7 +73,7 @@ def _request(run: Federation, number: int, trains: bool) -> RoundRequest:
         optimiser=settings.optimiser,
         proximal=settings.proximal,
         local_rank=settings.local_rank if STRATEGY_TABLE[settings.strategy].local else 0,
-        first=run.continued is not None,
+        first=run.from_release,
     )
 
 

@@ -31,6 +31,7 @@ def site_rounds(
         site: _site_round(
             run.plan,
             answer,
+            asks.by_site[site].request.states,
             asked=not asks.trains or site in asks.training,
             down=record_bytes(asks.by_site[site].content)
             + (members.bytes_down[site] if first else 0),
@@ -62,12 +63,14 @@ def too_few(
     return RunError(f"{msg}; started again, the run goes on with this round")
 
 
-def _site_round(plan: AdaptationPlan, answer: Answer, asked: bool, down: int, up: int) -> SiteRound:
+def _site_round(
+    plan: AdaptationPlan, answer: Answer, states: int, asked: bool, down: int, up: int
+) -> SiteRound:
     fields: dict[str, object] = {}
     verdict = answer.verdict
     if (reply := verdict.reply) is not None and reply.status == "ok":
         # The Dice is of what was sent, and counts whatever became of the update.
-        fields = _measured(plan, reply)
+        fields = _measured(plan, reply, states)
     if (spent := answer.training or reply) is not None and spent.status == "ok":
         # Whatever became of the update.
         fields |= {"epsilon": spent.epsilon, "delta": spent.delta, "steps": spent.steps}
@@ -96,13 +99,16 @@ def _site_round(plan: AdaptationPlan, answer: Answer, asked: bool, down: int, up
     )
 
 
-def _measured(plan: AdaptationPlan, reply: RoundReply) -> dict[str, object]:
+def _measured(plan: AdaptationPlan, reply: RoundReply, states: int) -> dict[str, object]:
     rows = list(zip(plan.labels, reply.dice, reply.dice_cases, strict=False))
     sums = (reply.change_persons, reply.change_total, reply.change_squares)
-    choose, accept = told(plan.labels, *sums)
+    (choose, accept), *more = told(plan.labels, *sums, states)
+    choose_base, accept_base = more[0] if more else ({}, {})
     return {
         "dice": {label: value if count else None for label, value, count in rows},
         "dice_cases": {label: count for label, _, count in rows},
         "choose": choose,
         "accept": accept,
+        "choose_base": choose_base,
+        "accept_base": accept_base,
     }

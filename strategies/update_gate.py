@@ -82,7 +82,8 @@ def judge(
         if len(reply.dice) != len(reply.dice_cases) or len(reply.dice) not in (0, len(plan.labels)):
             msg = f"dice: expected {len(plan.labels)} labels, got {len(reply.dice)}"
             raise StateError(msg)
-        told(plan.labels, reply.change_persons, reply.change_total, reply.change_squares)
+        sums = (reply.change_persons, reply.change_total, reply.change_squares)
+        told(plan.labels, *sums, request.states)
         missing = check_missing(plan, reply.missing or ())
         checked = reply
         if request.epochs == 0:

@@ -1,4 +1,4 @@
-"""A site compares with the state that a run started from, where that comes along."""
+"""A site compares with the state that a run started from, where that comes along, and the base."""
 
 from typing import Any
 
@@ -43,21 +43,27 @@ def ask(site: SiteUnderTest, plan: AdaptationPlan, start: State | None, **change
 
 
 @pytest.mark.parametrize("local_rank", [0, 2])
-def test_the_state_that_came_along_is_compared_with_in_place_of_the_base(
+def test_the_state_that_came_along_is_compared_with_and_then_the_base(
     ready: SiteUnderTest, plan: AdaptationPlan, local_rank: int
 ) -> None:
-    start = initial_state(plan, 0)
-    alone = RoundReply.from_record(ready.round(plan, epochs=0, state=start))
+    start = {k: v + np.float32(0.1) for k, v in initial_state(plan, 0).items()}
+    alone, base = (
+        RoundReply.from_record(ready.round(plan, epochs=0, state=state))
+        for state in (start, initial_state(plan, 0))
+    )
     for _ in range(2):  # measured, then from the cache
         reply = ask(ready, plan, start, first=True, local_rank=local_rank)
         assert reply.status == "ok"
-        accept = told(plan.labels, reply.change_persons, reply.change_total, reply.change_squares)[
-            1
-        ]
-        for label, new, old in zip(plan.labels, reply.dice, alone.dice, strict=True):
-            assert accept[label].mean == pytest.approx(new - old, abs=1e-12)
+        sums = (reply.change_persons, reply.change_total, reply.change_squares)
+        found = told(plan.labels, *sums, 2)
+        for (_, accept), before in zip(found, (alone, base), strict=True):
+            for label, new, old in zip(plan.labels, reply.dice, before.dice, strict=True):
+                assert accept[label].mean == pytest.approx(new - old, abs=1e-12)
+    assert len(list((ready.path / "cache" / "base-dice").glob("*.json"))) == 2
     itself = ask(ready, plan, other(plan), first=True)
-    assert set(itself.change_total) == {0.0}
+    size = len(itself.change_total) // 2
+    assert set(itself.change_total[:size]) == {0.0}
+    assert itself.change_total[size:] == reply.change_total[size:]
 
 
 def test_a_first_state_that_is_missing_is_refused(

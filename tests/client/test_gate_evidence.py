@@ -21,9 +21,8 @@ def asked(
 ) -> tuple[RoundReply, Changes]:
     reply = RoundReply.from_record(site.round(plan, epochs=0, state=state))
     assert reply.status == "ok", reply.reason
-    choose, accept = told(
-        plan.labels, reply.change_persons, reply.change_total, reply.change_squares
-    )
+    sums = (reply.change_persons, reply.change_total, reply.change_squares)
+    ((choose, accept),) = told(plan.labels, *sums)
     assert choose == {}  # a single validation person accepts
     return reply, accept
 

@@ -1,5 +1,7 @@
 """Changes of Dice are of the same persons, name nobody, and no person both chooses and accepts."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -75,9 +77,22 @@ def test_what_travels_comes_back_and_holds_no_name() -> None:
     parts = {"x": change(0.1)}, {"x": change(0.2, -0.1), "y": change(0.0, 0.3)}
     fields = change_fields(("x", "y"), parts)
     sums = (fields[f"change_{name}"] for name in ("persons", "total", "squares"))
-    assert told(("x", "y"), *sums) == parts  # type: ignore[arg-type]
+    assert told(("x", "y"), *sums) == [parts]  # type: ignore[arg-type]
     assert fields["change_persons"] == [1, 0, 2, 2]
-    assert told(("x", "y"), [], [], []) == ({}, {})
+    assert told(("x", "y"), [], [], []) == [({}, {})]
+    assert told(("x", "y"), [], [], [], 2) == [({}, {}), ({}, {})]
+
+
+def test_changes_from_two_states_travel_one_after_the_other_and_are_of_the_same_persons() -> None:
+    one = {"x": change(0.1)}, {"x": change(0.2, -0.1), "y": change(0.0, 0.3)}
+    two = {"x": change(0.3)}, {"x": change(0.1, -0.4), "y": change(0.5, 0.3)}
+    fields: dict[str, Any] = change_fields(("x", "y"), one, two)
+    persons, *sums = (fields[f"change_{name}"] for name in ("persons", "total", "squares"))
+    assert told(("x", "y"), persons, *sums, 2) == [one, two]
+    with pytest.raises(StateError, match="expected 4 counts and sums, got 8"):
+        told(("x", "y"), persons, *sums)
+    with pytest.raises(StateError, match="the same numbers of persons for each state"):
+        told(("x", "y"), [*persons[:-1], 0], *sums, 2)
 
 
 @pytest.mark.parametrize(

@@ -63,13 +63,16 @@ def base_bytes(plan: AdaptationPlan) -> bytes:
     return pickle.dumps(content, protocol=4)
 
 
-def changed(plan: AdaptationPlan, difference: float) -> Any:
-    """Return what a site says of two persons, one who chooses and one who accepts."""
-    size = 2 * len(plan.labels)
+def changed(plan: AdaptationPlan, *differences: float) -> Any:
+    """Return what a site says of two persons, one who chooses and one who accepts.
+
+    It is the same of both and of all labels, for each state that was compared with.
+    """
+    totals = [value for value in differences for _ in range(2 * len(plan.labels))]
     return {
-        "change_persons": [1] * size,
-        "change_total": [difference] * size,
-        "change_squares": [difference**2] * size,
+        "change_persons": [1] * len(totals),
+        "change_total": totals,
+        "change_squares": [value**2 for value in totals],
     }
 
 
@@ -143,7 +146,7 @@ class PretendSite:
         if request.epochs:
             self.trained[request.run] = self.cases
         level = min(0.5 + 0.05 * request.round, 1.0)
-        base = self.first(message) if request.first else self.base_dice
+        before = [self.first(message)] if request.first else []
         reply = RoundReply(
             run=request.run,
             round=request.round,
@@ -154,7 +157,7 @@ class PretendSite:
             training_cases=self.cases if request.epochs else 0,
             dice=[level] * len(self.plan.labels),
             dice_cases=[1] * len(self.plan.labels),
-            **changed(self.plan, level - base),
+            **changed(self.plan, *(level - old for old in (*before, self.base_dice))),
         )
         return reply.to_record(
             state_record(self.plan, new, request.wire) if request.epochs else None

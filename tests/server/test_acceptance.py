@@ -105,8 +105,8 @@ def test_too_few_persons_decide_nothing_unless_there_is_a_reference_folder() -> 
     rounds = [line(1, a=({}, {"x": change(0.0, 0.0)})), line(2, a=({}, few["a"]))]
     assert decide(rounds, SETTINGS)[0] is None
 
-    def reference(gain: float) -> Callable[[int], Changes]:
-        return lambda _: {"x": change(gain, gain, gain)}
+    def reference(gain: float) -> Callable[[int], tuple[Changes, ...]]:
+        return lambda _: ({"x": change(gain, gain, gain)},)
 
     number, decision = decide(rounds, SETTINGS, reference(0.1))
     assert (number, decision.persons) == (1, 5)
@@ -119,7 +119,7 @@ def test_the_reference_folder_holds_back_what_the_sites_accept() -> None:
     rounds = [line(1, a=NOTHING), line(2, a=both(0.1, 0.1))]
     assert decide(rounds, SETTINGS)[0] == 1
     fallen: Changes = {"x": change(-0.3, -0.3)}
-    assert decide(rounds, SETTINGS, lambda _: fallen)[0] is None
+    assert decide(rounds, SETTINGS, lambda _: (fallen,))[0] is None
 
 
 def test_those_who_choose_choose_and_those_who_accept_do_not() -> None:
@@ -160,6 +160,46 @@ def test_a_site_without_validation_persons_has_no_say() -> None:
     silent: tuple[Changes, Changes] = ({}, {})
     rounds = [line(1, a=NOTHING, b=silent), line(2, a=both(0.1, 0.1), b=silent)]
     assert decide(rounds, SETTINGS)[0] == 1
+
+
+def with_base(number: int, *parts: tuple[Changes, Changes]) -> RoundLine:
+    """Return a line of one site that compared with a release, and with the base."""
+    (choose, accepted), (choose_base, accept_base) = parts
+    site = SiteRound(
+        status="ok",
+        choose=choose,
+        accept=accepted,
+        choose_base=choose_base,
+        accept_base=accept_base,
+    )
+    return line(number).model_copy(update={"sites": {"a": site}})
+
+
+def test_after_a_release_a_round_has_to_pass_against_the_base_as_well() -> None:
+    """And so nothing that only one of both refuses is ever released."""
+    first, nobody = with_base(1, NOTHING, NOTHING), ({}, {})
+    for start, base in itertools.product((0.1, 0.0, -0.2), repeat=2):
+        rounds = [first, with_base(2, both(0.1, start), both(0.1, base))]
+        number, decision = decide(rounds, SETTINGS, from_release=True)
+        assert (number is not None) == (start > 0 and base > 0) == decision.accepted
+        assert decision.against == "start"
+        assert (decision.base is None) == (start <= 0)
+        if start > 0 >= base:
+            assert "round 1: against the base: " in decision.reason
+        assert GateDecision.model_validate_json(decision.model_dump_json()) == decision
+    number, decision = decide(
+        [first, with_base(2, both(0.1, 0.1), nobody)], SETTINGS, from_release=True
+    )
+    assert (number, decision.few) == (None, True)
+    assert "against the base: too few validation persons" in decision.reason
+
+
+def test_after_a_release_the_reference_folder_looks_at_both() -> None:
+    good, fallen = ({"x": change(gain, gain, gain)} for gain in (0.1, -0.1))
+    rounds = [line(n, a=({}, {})) for n in (1, 2)]
+    for found in itertools.product((good, fallen), repeat=2):
+        number, _ = decide(rounds, SETTINGS, lambda _, found=found: found, from_release=True)  # type: ignore[misc]
+        assert (number is not None) == (found == (good, good))
 
 
 def test_a_decision_is_kept_as_it_was() -> None:

@@ -13,10 +13,14 @@ from flwr.app import Message, RecordDict
 
 from dafne_federated.cli.server_history import history_lines
 from dafne_federated.core.errors import SettingsError
+from dafne_federated.core.files import arrays_digest
 from dafne_federated.core.model_file import read_model
+from dafne_federated.core.plan import AdaptationPlan
 from dafne_federated.core.run_folder import RunFolder
 from dafne_federated.core.settings import RunSettings
-from dafne_federated.core.state import initial_state, state_bytes
+from dafne_federated.core.state import State, initial_state, state_bytes
+from dafne_federated.core.wire import RoundRequest
+from dafne_federated.core.wire_arrays import take_state
 from dafne_federated.server.continuation import Absent, Continuation, continuation, staleness
 from dafne_federated.server.continuous import run_generation
 from dafne_federated.server.deployment_folder import ServerFolder
@@ -29,7 +33,7 @@ from dafne_federated.server.generation import (
 )
 from dafne_federated.server.model_card import CARD_DATA, CARD_PAGE
 from dafne_federated.server.rounds import run_rounds
-from tests.server.conftest import PretendGrid, PretendSite, grid_of, stop_in
+from tests.server.conftest import PretendGrid, PretendSite, SharingSite, grid_of, stop_in
 
 Make = Callable[..., Any]
 News = Callable[[dict[str, PretendSite]], None]
@@ -133,7 +137,9 @@ def test_the_card_of_a_version_says_what_it_started_from_and_whom_it_contains(
     pages = [(v.release / CARD_PAGE).read_text() for v in (first, second)]
     assert "Change of Dice from the base in" in pages[0]
     assert "Change of Dice from the version that it started from in" in pages[1]
-    assert "base as well" in cards[1]["limits"][-2]
+    assert [page.count("Change of Dice from the base in") for page in pages] == [1, 1]
+    assert [card["decision"]["against"] for card in cards] == ["base", "start"]
+    assert cards[1]["decision"]["base"]["against"] == "base"
     assert [card["method"]["version"] for card in cards] == [1, 2]
     assert [
         {site["site"]: (site["training_cases"], site["earlier_cases"]) for site in card["sites"]}
@@ -218,6 +224,77 @@ def test_a_version_that_is_not_better_is_left_behind(generation: Make) -> None:
     assert two is not None
     assert one.start_digest == two.start_digest
     assert trained(third) == ["site-b", "site-c"]
+
+
+class DriftingSite(SharingSite):
+    """Finds one label better and another worse with each version behind a state."""
+
+    def __init__(self, name: str, plan: AdaptationPlan, loss: float) -> None:
+        super().__init__(name, plan)
+        self.steps = np.array([0.08] + [-loss] * (len(plan.labels) - 1))
+        self.behind: dict[str, int] = {}  # versions, by digest of the state
+
+    def round(self, message: Message) -> RecordDict:
+        content = super().round(message)
+        arrays, request = message.content.array_records, RoundRequest.from_record(message.content)
+        start = self.versions_behind(arrays["first"], 0) if request.first else 0
+        behind = self.versions_behind(arrays["arrays"], start + 1)
+        compared = [start, 0] if request.first else [0]
+        totals = [d for old in compared for _ in range(2) for d in (behind - old) * self.steps]
+        metrics = content.metric_records["metrics"]
+        metrics["dice"] = list(0.5 + behind * self.steps)
+        metrics["change-total"] = totals
+        metrics["change-squares"] = [total**2 for total in totals]
+        return content
+
+    def versions_behind(self, arrays: Any, unknown: int) -> int:
+        state: State = take_state(RecordDict({"arrays": arrays}), self.plan)
+        if not any(value.any() for name, value in state.items() if not name.endswith("/a")):
+            return 0
+        return self.behind.setdefault(arrays_digest(state), unknown)
+
+
+@pytest.mark.parametrize(("loss", "released"), [(0.03, 1), (0.02, 2), (0.013, 3), (0.01, 4)])
+def test_versions_together_never_lose_more_than_the_margin_against_the_base(
+    generation: Make, loss: float, released: int
+) -> None:
+    """Each loses less than the margin of 0.05 against the one before, and gains on average."""
+    folder = generation()
+    sites = [DriftingSite(f"site-{name}", folder.plan(), loss) for name in "abc"]
+    run(folder, PretendGrid(list(sites)), *[more(a=1, b=1)] * 3)
+    results = [version.result() for version in versions(folder)]
+    assert [result.released for result in results] == [n < released for n in range(4)]
+    label = folder.plan().labels[1]
+    for number, result in enumerate(results, start=1):
+        decision = result.decision
+        assert decision is not None
+        assert (decision.against, decision.base is None) == (
+            ("base", True) if number == 1 else ("start", False)
+        )
+        assert not any(line.falls for line in decision.lines)
+        assert min(line.change for line in decision.lines) == pytest.approx(-loss)
+        whole = decision if decision.base is None else decision.base
+        total = loss * min(number, released + 1)
+        assert min(line.change for line in whole.lines) == pytest.approx(-total)
+        assert whole.accepted == result.released == (total <= 0.05)
+        if not result.released:
+            words = f"round 1: against the base: {label} of site-a falls by {total:.3f}"
+            assert words in result.reason
+        elif number > 1:
+            assert "; nor against the base, from which it rises by" in result.reason
+
+
+def test_sites_are_sent_what_a_version_started_from_only_after_a_release(generation: Make) -> None:
+    folder = generation()
+    grid = grid_of(folder)
+    run(folder, grid, more(a=1, b=1))
+    for site in grid.sites.values():
+        requests = site.requests  # type: ignore[attr-defined]
+        last = {request.run: request.first for request in requests}
+        assert list(last.values()) == [False, True]
+    first, second = (v.rounds()[-1].sites.values() for v in versions(folder))
+    assert all(s.accept and not s.accept_base and not s.choose_base for s in first)
+    assert all(s.accept.keys() == s.accept_base.keys() for s in second)
 
 
 @pytest.mark.parametrize("moment", [1, 2, 3, "between"])
@@ -395,7 +472,7 @@ def test_the_history_names_every_generation_and_who_trained(
         "site-a 3, site-b 3, site-c 3; Dice +0.100 in 3 persons who accept; released Thigh_"
         in lines[1]
     )
-    assert "site-a 4, site-b 4; Dice" in lines[2]
+    assert "site-a 4, site-b 4; Dice +0.100 in 3 persons who accept, +0.100 from the" in lines[2]
     assert lines[3].startswith("generation 2: second, base version 0002 of first (")
     assert lines[4:] == ["  no version yet"]
 

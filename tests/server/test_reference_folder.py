@@ -18,7 +18,7 @@ from dafne_federated.core.new_run import make_plan
 from dafne_federated.core.run_folder import RoundLine, RunFolder, RunInfo
 from dafne_federated.core.settings import RunSettings
 from dafne_federated.core.state import State, initial_state
-from dafne_federated.server.continuation import Continuation, keep_continuation
+from dafne_federated.server.continuation import Absent, Continuation, keep_continuation
 from dafne_federated.server.reference_folder import reference_changes
 
 pytestmark = pytest.mark.slow
@@ -42,9 +42,13 @@ def version(tmp_path: Path, trained: Any, squares_folder: Path, own_home: Path) 
         name: generator.normal(0, 0.2, values.shape).astype(np.float32)
         for name, values in initial_state(plan, 0).items()
     }
-    keep_continuation(
-        folder, Continuation(version=2, start_digest=arrays_digest(start), new_cases={}), start
+    record = Continuation(
+        version=2,
+        start_digest=arrays_digest(start),
+        new_cases={},
+        contained={"clinic": Absent(cases=3, behind=1)},
     )
+    keep_continuation(folder, record, start)
     wide = dict(start)
     for target in plan.targets:
         if target.low_rank:
@@ -59,12 +63,18 @@ def version(tmp_path: Path, trained: Any, squares_folder: Path, own_home: Path) 
     return folder
 
 
-def test_a_state_of_another_rank_is_compared_with_the_start(version: RunFolder) -> None:
-    changes = reference_changes(version)(1)
-    assert changes.keys() == {"bright", "dark"}
-    for change in changes.values():
-        assert change.persons == 8
+def test_a_state_of_another_rank_is_compared_with_the_start_and_the_base(
+    version: RunFolder,
+) -> None:
+    start, base = reference_changes(version)(1)
+    assert start.keys() == base.keys() == {"bright", "dark"}
+    assert {change.persons for found in (start, base) for change in found.values()} == {8}
+    for change in start.values():
         assert change.total == pytest.approx(0, abs=1e-3)
+    (version.path / "continues.json").unlink()  # as a run that started from the base
+    (alone,) = reference_changes(version)(1)
+    assert alone == base
+    assert any(abs(change.total) > 0.01 for change in base.values())
 
 
 def test_masks_of_other_labels_only_are_refused(version: RunFolder) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from dafne_federated.core.errors import RunError
 from dafne_federated.core.files import sha256
+from dafne_federated.core.gate_decision import GateDecision, GateLine
 from dafne_federated.core.plan import AdaptationPlan, Target
 from dafne_federated.core.run_folder import RoundLine, RunFolder, RunInfo, RunResult, SiteRound
 from dafne_federated.core.settings import RunSettings
@@ -202,6 +203,32 @@ def test_the_same_folder_gives_the_same_bytes(full: Path) -> None:
     before = full.read_bytes()
     assert write_report(RunFolder(full.parent)) == full
     assert full.read_bytes() == before
+
+
+def test_the_report_of_a_version_compares_with_its_start_and_with_the_base(tmp_path: Path) -> None:
+    def decided(change: float) -> GateDecision:
+        lines = (
+            GateLine(site="", label=VASTUS, persons=7, change=change, lower=None, falls=False),
+        )
+        return GateDecision(
+            accepted=True, reason="", few=False, persons=7, change=change, lines=lines
+        )
+
+    folder = _new_run(tmp_path / "run")
+    _add_rounds(folder, 3)
+    _finish(folder)
+    both = decided(0.111).model_copy(update={"against": "start", "base": decided(0.222)})
+    for decision, shown in (
+        (decided(0.222), {"base": "+0.222"}),
+        (both, {"start": "+0.111", "base": "+0.222"}),
+    ):
+        folder.finish(folder.result().model_copy(update={"decision": decision}))
+        page = _parse(write_report(folder))
+        heads = [row[3] for row in page.rows if row[2:3] == ["Persons who accept"]]
+        assert heads == [f"vs {name}" for name in shown]
+        changes = [row[3] for row in page.rows if row[1:3] == ["all together", "7"]]
+        assert changes == list(shown.values())
+        assert ("from the release that this version started from" in page.text) == (len(shown) > 1)
 
 
 def test_a_run_that_has_just_begun_has_a_report(tmp_path: Path) -> None:

@@ -78,6 +78,25 @@ def test_a_good_reply_becomes_an_update(judged: Judge, make_state: Callable[...,
         np.testing.assert_array_equal(verdict.update.state[key], value)
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_a_site_compares_with_as_many_states_as_it_was_sent_or_says_nothing(
+    request_: RoundRequest, reply: RoundReply, small_plan: AdaptationPlan, first: bool
+) -> None:
+    """So a release that sites did not compare with the base, too, is not taken for one that is."""
+    asked = request_.model_copy(update={"first": first, "epochs": 0})
+    each = 2 * len(small_plan.labels)
+    for states in (0, 1, 2):
+        size = states * each
+        change = {"change_persons": [1] * size, "change_total": [0.1] * size}
+        said = reply.model_copy(update=change | {"change_squares": [0.01] * size})
+        verdict = judge("site-a", said.to_record(), asked, small_plan, max_cases=1000)
+        if states in (0, asked.states):
+            assert (verdict.status, verdict.reason) == ("ok", "")
+        else:
+            words = f"change: expected {asked.states * each} counts and sums, got {size}"
+            assert (verdict.status, verdict.reason) == ("refused", words)
+
+
 def claims(shape: tuple[int, ...], size: int) -> Array:
     """An array whose header says one thing and whose bytes are something else."""
     return Array("float32", shape, "numpy.ndarray", b"\x93NUMPY" + b"\0" * size)
