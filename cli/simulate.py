@@ -10,12 +10,37 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dafne_federated.cli.panels import in_panels
 from dafne_federated.cli.simulation_options import read_options
 from dafne_federated.core.backend import prepare_backend
 from dafne_federated.core.methods import METHODS
 from dafne_federated.core.strategy_table import ROBUST_TABLE, STRATEGY_TABLE
 
 
+@in_panels(
+    {
+        "Sites": (
+            *("base_site", "base_persons", "test_site", "sites", "divide", "sizes", "shares"),
+            *("without", "phantom_persons"),
+        ),
+        "Training": (
+            *("rounds", "epochs", "learning_rate", "batch_size", "optimiser", "proximal"),
+            *("statistics", "class_weights", "precision", "seed"),
+        ),
+        "What is trained": ("method", "layers", "last", "rank", "max_rank", "scale"),
+        "Aggregation": (
+            *("strategy", "robust", "bad_sites", "server_optimiser", "server_rate"),
+            *("server_momentum", "local_rank", "wire", "max_cases", "max_norm_ratio"),
+        ),
+        "Privacy": ("privacy", "noise", "clip", "person_rate"),
+        "Release": ("gate", "margin", "confidence", "min_persons", "reference"),
+        "When a round closes": (
+            *("min_sites", "sites_per_round", "deadline", "grace", "retries", "late", "wait"),
+        ),
+        "A base of one's own": ("base_epochs", "base_size", "base_resolution"),
+        "This machine": ("engine", "parallel", "threads", "device", "local_only"),
+    }
+)
 def simulate(
     data: Annotated[
         Path | None, typer.Argument(help="Folder of images; without it, phantom limbs are drawn.")
