@@ -144,7 +144,8 @@ def draw(seed: int, seconds: float, kinds: list[str]) -> list[tuple[float, str]]
         drawn += chance.sample(
             [kind for kind in kinds if kind not in drawn], min(2, len(kinds) - 1)
         )
-    moments = [0.0 if kind in AT_THE_START else chance.uniform(0, seconds) for kind in drawn]
+    most = 0.8 * seconds  # a run that is a little faster shall not be over before
+    moments = [0.0 if kind in AT_THE_START else chance.uniform(0, most) for kind in drawn]
     return sorted(zip(moments, drawn, strict=True))
 
 
