@@ -3,6 +3,7 @@
 import inspect
 import io
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -107,6 +108,33 @@ def test_the_installed_program_answers_whatever_is_named(ask: Callable[..., Any]
 def test_no_text_of_an_exception_is_handed_to_flower(ask: Callable[..., Any]) -> None:
     with pytest.raises(LoadClientAppError, match=r"^the site's program ended$"):
         ask(OFFER, "query.unheard_of")
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_one_that_is_told_to_end_answers_first_and_ends_at_the_second_word(
+    kind: signal.Signals,
+) -> None:
+    code = """
+import time
+from flwr.clientapp.client_app import LoadClientAppError
+from flwr.supercore.telemetry import EventType
+from dafne_federated.client.guard import end_with_an_answer
+end_with_an_answer(event_type=EventType.FLWR_CLIENTAPP_RUN_LEAVE, exit_handlers=[])
+for wait in range(2):
+    try:
+        print("works", flush=True)
+        time.sleep(60)
+    except LoadClientAppError as error:
+        print(error, flush=True)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for expected in ("works", "the site's program was told to end", "works"):
+        assert process.stdout.readline().strip() == expected
+        if expected == "works":
+            process.send_signal(kind)
+    assert process.wait(10) == -kind
+    process.stdout.close()
 
 
 def test_what_asks_only_for_consent_is_answered_without_loading_tensorflow(tmp_path: Path) -> None:
