@@ -22,7 +22,8 @@ from flwr.serverapp import Grid
 from dafne_federated.core.wire import QUERY_ALIVE
 
 LOOK = 5.0  # seconds between two looks
-FIRST = 10.0  # seconds from what was asked to the first small question; then twice as long
+FIRST = 15.0  # seconds from what was asked to the first small question
+LONGER = 8.0  # the next one comes so many times later; each delays what is asked next by a second
 
 
 @dataclass
@@ -82,7 +83,7 @@ class LostMessages:
         sent = self._grid.push_messages(messages) if messages else []
         for node, identity in zip(due, sent, strict=True):
             there[node].small.add(identity)
-            there[node].pause *= 2
+            there[node].pause *= LONGER
         return found
 
     def online(self, nodes: Collection[int]) -> set[int]:
