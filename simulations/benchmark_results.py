@@ -6,6 +6,7 @@ from dafne_federated.core.files import write_atomic
 from dafne_federated.simulations.benchmark_folder import BenchmarkFolder
 from dafne_federated.simulations.benchmark_records import BaseLine, TestLine, read_lines
 from dafne_federated.simulations.benchmark_table import Measured, markdown, table
+from dafne_federated.simulations.benchmark_tuning import tried_settings, tuning_markdown
 
 
 def keep_results(folder: BenchmarkFolder, found: Measured, target: Path) -> None:
@@ -44,4 +45,10 @@ def keep_results(folder: BenchmarkFolder, found: Measured, target: Path) -> None
             f"Base{fold}: {line.persons} persons, {line.epochs} epochs, {line.cpu_seconds:.0f} s "
             f"of the processor, validation Dice {line.dice or 0.0:.3f}."
         )
+    if tried := tuning_markdown(tried_settings(folder)):
+        page += [
+            "## How settings were chosen",
+            "Each arm's variants with the first seed; the choice was made on tuning persons.",
+            tried,
+        ]
     write_atomic(target / f"{started.name}.md", "\n\n".join([*page, ""]).encode())
