@@ -31,9 +31,10 @@ def keep_results(folder: BenchmarkFolder, found: Measured, target: Path) -> None
         f"# {started.name}",
         started.scenario.question,
         f"{who} Dice: mean over persons and seeds, with a 95 % interval that resamples both. "
-        "p: Wilcoxon signed-rank test over persons, Holm's correction within a size. s: seconds "
-        "of the processor on one thread, all sites together, until the epoch or round that was "
-        "kept. MB: sent until then, all sites, both ways.",
+        "p: Wilcoxon signed-rank test over persons, Holm's correction within a size. passes: over "
+        "the training slices, until the epoch or round that was kept. s: seconds of the "
+        "processor on one thread until then, all sites together; longer where other work shared "
+        "the machine. MB: sent until then, all sites, both ways, without the base.",
         markdown(table(folder, found), found.tested),
         f"Command: `{started.command}`",
         f"Scenario {started.scenario.digest[:16]}, images {started.data_digest[:16]}; "
