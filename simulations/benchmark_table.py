@@ -98,9 +98,14 @@ class Measured:
 
 
 def measured(folder: BenchmarkFolder) -> Measured:
-    """Return what was measured so far: on the test where it was made, else on tuning persons."""
+    """Return what was measured so far: on the test where it was made, else on tuning persons.
+
+    Arms that were fitted in part and left out of the test are left out with it.
+    """
     fits = chosen_fits(folder, folder.started())
     tests = {line.cell: line for line in read_lines(folder.final, TestLine)}
+    if folder.tested_cells and folder.tested_cells <= tests.keys():
+        fits = [fit for fit in fits if fit.cell in folder.tested_cells]
     tested = bool(fits) and all(fit.cell in tests for fit in fits)
     lines: Mapping[str, Line] = tests if tested else {fit.cell: fit for fit in fits}
     return Measured(fits, lines, tested)
