@@ -12,6 +12,7 @@ from dafne_federated.simulations.benchmark_scenario import Scenario
 
 # Raise when a fit or its figures come about in another way, so that old ones are not taken.
 _VERSION = 2
+_FEDERATED_VERSION = 2  # the same for fits of federated arms alone
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ def cell_key(scenario: Scenario, cell: Cell, data_digest: str) -> str:
     if arm.of:
         other = scenario.arms[arm.of]
         parts += [other.settings, list(other.variants), other.trains]
+    if arm.where == "federated":
+        parts.append(_FEDERATED_VERSION)
     parts.append(cell.seed)
     return sha256(json.dumps(parts, sort_keys=True).encode())[:16]
 

@@ -1,11 +1,13 @@
 """A federated fit: the real server and sites in this process, one run folder for each."""
 
+import os
 import shutil
 from pathlib import Path
 
 from flwr.app import Context, Message
 
 from dafne_federated.client.app import app as client_app
+from dafne_federated.client.site_cache import SiteCache
 from dafne_federated.client.site_settings import SiteSettings
 from dafne_federated.core.model_file import read_model
 from dafne_federated.core.new_run import make_plan, start_run
@@ -25,7 +27,8 @@ def fit_federated(task: Task, cell: str, persons: int, settings: RunSettings) ->
 
     All states are measured here after the run, on the same slices and in the same way as the
     epochs of other arms; the time of it counts as theirs does. A fit that was killed is made
-    anew, so that its times are whole.
+    anew, so that its times are whole. The sites have the base and their slices at the start,
+    and nothing that another fit left: what they compute or receive after that counts.
 
     Args:
         task: The task.
@@ -34,12 +37,19 @@ def fit_federated(task: Task, cell: str, persons: int, settings: RunSettings) ->
         settings: Of the federation.
     """
     folder = RunFolder(task.folder.path / "runs" / cell)
-    shutil.rmtree(folder.path, ignore_errors=True)
-    _start(task, folder.path, persons, settings)
+    own = folder.path.with_name(f"{cell}-cache")
+    for path in (folder.path, own):
+        shutil.rmtree(path, ignore_errors=True)
+    cache = SiteCache(own)
+    task.site_slices(persons)  # so that they are prepared
+    shutil.copytree(task.folder.cache / "slices", own / "slices", copy_function=os.link)
+    cache.keep_base(task.base_path.read_bytes())
+    _start(task, folder.path, own, persons, settings)
     times = _Times()
     run_inline(folder.path, len(task.division.sites), times)
     fitted = _measured(task, folder, persons, times)
-    shutil.rmtree(folder.path)
+    for path in (folder.path, own):
+        shutil.rmtree(path)
     return fitted
 
 
@@ -69,7 +79,7 @@ class _Times:
         return list(by_node.values())
 
 
-def _start(task: Task, path: Path, persons: int, settings: RunSettings) -> None:
+def _start(task: Task, path: Path, cache: Path, persons: int, settings: RunSettings) -> None:
     base = read_model(task.base_path)
     for name, own in task.division.sites.items():
         site = SiteSettings(
@@ -77,7 +87,7 @@ def _start(task: Task, path: Path, persons: int, settings: RunSettings) -> None:
             data=task.image_folder(name).path.resolve(),
             training=own.trained_on(persons),
             validation=(),
-            cache=task.folder.cache.resolve(),
+            cache=cache.resolve(),
             bias_fields=(task.folder.cache / "bias-fields").resolve(),
             approvals=task.approvals.path.resolve(),
             threads=settings.threads,

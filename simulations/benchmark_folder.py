@@ -68,6 +68,12 @@ class BenchmarkFolder:
         return self.path / "final.jsonl"
 
     @property
+    def tested_cells(self) -> frozenset[str]:
+        """The fits that the test is made of; empty as long as it was not begun."""
+        path = self.path / "final.json"
+        return frozenset(json.loads(path.read_text())["cells"]) if path.exists() else frozenset()
+
+    @property
     def report(self) -> Path:
         """The report, with pictures of persons: for this machine alone."""
         return self.path / "report.html"

@@ -45,7 +45,8 @@ class Point(_Line):
     Attributes:
         epoch: Passes over the training slices until then.
         seconds: Until then, all sites together, in time of the processor on one thread: compiling,
-            training, and validation where it was measured. It does not depend on what else runs.
+            training, and validation where it was measured. What else runs is not in it, but makes
+            it longer all the same where it shares a core or its caches.
         longest: The same if all sites had trained at the same time.
         megabytes: Sent until then, all sites, both ways.
         dice: On the validation persons of all sites, mean over labels; None without any.

@@ -6,6 +6,7 @@ from dafne_federated.core.files import write_atomic
 from dafne_federated.simulations.benchmark_folder import BenchmarkFolder
 from dafne_federated.simulations.benchmark_records import BaseLine, TestLine, read_lines
 from dafne_federated.simulations.benchmark_table import Measured, markdown, table
+from dafne_federated.simulations.benchmark_tuning import tried_settings, tuning_markdown
 
 
 def keep_results(folder: BenchmarkFolder, found: Measured, target: Path) -> None:
@@ -30,9 +31,10 @@ def keep_results(folder: BenchmarkFolder, found: Measured, target: Path) -> None
         f"# {started.name}",
         started.scenario.question,
         f"{who} Dice: mean over persons and seeds, with a 95 % interval that resamples both. "
-        "p: Wilcoxon signed-rank test over persons, Holm's correction within a size. s: seconds "
-        "of the processor on one thread, all sites together, until the epoch or round that was "
-        "kept. MB: sent until then, all sites, both ways.",
+        "p: Wilcoxon signed-rank test over persons, Holm's correction within a size. passes: over "
+        "the training slices, until the epoch or round that was kept. s: seconds of the "
+        "processor on one thread until then, all sites together; longer where other work shared "
+        "the machine. MB: sent until then, all sites, both ways, without the base.",
         markdown(table(folder, found), found.tested),
         f"Command: `{started.command}`",
         f"Scenario {started.scenario.digest[:16]}, images {started.data_digest[:16]}; "
@@ -44,4 +46,10 @@ def keep_results(folder: BenchmarkFolder, found: Measured, target: Path) -> None
             f"Base{fold}: {line.persons} persons, {line.epochs} epochs, {line.cpu_seconds:.0f} s "
             f"of the processor, validation Dice {line.dice or 0.0:.3f}."
         )
+    if tried := tuning_markdown(tried_settings(folder)):
+        page += [
+            "## How settings were chosen",
+            "Each arm's variants with the first seed; the choice was made on tuning persons.",
+            tried,
+        ]
     write_atomic(target / f"{started.name}.md", "\n\n".join([*page, ""]).encode())

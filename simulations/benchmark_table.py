@@ -35,8 +35,9 @@ class Row:
         held_out: The same for persons of a centre that took no part.
         gain: Against central scratch training at the same size; None for itself.
         held_out_gain: The same for a centre that took no part.
-        seconds: Until the kept epoch or round, all sites together, mean over seeds, in processor
-            time.
+        passes: Over the training slices, until the kept epoch or round, mean over seeds.
+        seconds: Until the same, all sites together, mean over seeds, in processor time. Other
+            work on the machine makes it longer, which it does not do to ``passes``.
         megabytes: Sent until then; None where images would have to travel instead.
         parameters: Values that were trained.
         variant: Settings that were chosen.
@@ -50,6 +51,7 @@ class Row:
     held_out: Interval | None
     gain: Difference | None
     held_out_gain: Difference | None
+    passes: float
     seconds: float
     megabytes: float | None
     parameters: int
@@ -96,9 +98,14 @@ class Measured:
 
 
 def measured(folder: BenchmarkFolder) -> Measured:
-    """Return what was measured so far: on the test where it was made, else on tuning persons."""
+    """Return what was measured so far: on the test where it was made, else on tuning persons.
+
+    Arms that were fitted in part and left out of the test are left out with it.
+    """
     fits = chosen_fits(folder, folder.started())
     tests = {line.cell: line for line in read_lines(folder.final, TestLine)}
+    if folder.tested_cells and folder.tested_cells <= tests.keys():
+        fits = [fit for fit in fits if fit.cell in folder.tested_cells]
     tested = bool(fits) and all(fit.cell in tests for fit in fits)
     lines: Mapping[str, Line] = tests if tested else {fit.cell: fit for fit in fits}
     return Measured(fits, lines, tested)
@@ -125,18 +132,21 @@ def table(folder: BenchmarkFolder, found: Measured) -> list[Row]:
 def markdown(rows: Sequence[Row], tested: bool) -> str:
     """Return rows as a table."""
     who = "test" if tested else "tuning"
-    head = ["persons per site", "arm", f"Dice, {who} persons", "Dice, centre that took no part"]
-    head += [f"against {REFERENCE}", "p (Holm)", "s", "MB", "trained", "chosen"]
+    against = [f"against {REFERENCE}", "p (Holm)"]
+    head = ["persons per site", "arm", f"Dice, {who} persons", *against]
+    head += ["Dice, centre that took no part", *against]
+    head += ["passes", "s", "MB", "trained", "chosen"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
-        gain, people = row.gain or row.held_out_gain, f" ({row.people} persons)"
+        people = f" ({row.people} persons)"
         cells = [
             str(row.persons or "all"),
             row.arm,
             "-" if row.dice is None else interval_words(row.dice) + people,
+            *_gain_words(row.gain),
             interval_words(row.held_out),
-            "-" if gain is None else f"{interval_words(gain.gain, signed=True)}",
-            "-" if gain is None or gain.adjusted is None else p_words(gain.adjusted),
+            *_gain_words(row.held_out_gain),
+            f"{row.passes:.0f}",
             f"{row.seconds:.0f}",
             "-" if row.megabytes is None else f"{row.megabytes:.2f}",
             str(row.parameters),
@@ -155,6 +165,13 @@ def interval_words(found: Interval | None, signed: bool = False) -> str:
     if None in ends or any(math.isnan(end or 0.0) for end in ends):
         return pattern.format(found.mean)
     return pattern.format(found.mean) + f" [{ends[0]:.3f}, {ends[1]:.3f}]"
+
+
+def _gain_words(gain: Difference | None) -> tuple[str, str]:
+    if gain is None:
+        return "-", "-"
+    p = "-" if gain.adjusted is None else p_words(gain.adjusted)
+    return interval_words(gain.gain, signed=True), p
 
 
 def p_words(p: float) -> str:
@@ -180,6 +197,7 @@ def _row(found: Measured, arm: str, size: int, persons: int, descriptive: bool, 
         held_out=interval(dice_matrix(lines, held_out=True)[1]),
         gain=gains[0],
         held_out_gain=gains[1],
+        passes=mean([float(point.epoch) for point in kept]) or 0.0,
         seconds=mean([point.seconds for point in kept]) or 0.0,
         megabytes=mean([point.megabytes for point in kept]) if moves else None,
         parameters=fits[0].parameters,

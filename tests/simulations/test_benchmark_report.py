@@ -135,6 +135,11 @@ def test_what_is_kept_holds_no_image(folder: BenchmarkFolder, tmp_path: Path) ->
     ]
     text = (tmp_path / "kept" / "known.md").read_text(encoding="utf-8")
     assert "+0.050" in text
+    # All that was tried stands there, not the choice alone.
+    tried = text.partition("How settings were chosen")[2]
+    assert "| 1 | federated-product | learning-rate 0.001 |" in tried
+    assert "| 2 | federated-product | learning-rate 0.003 |" in tried
+    assert "central-scratch" not in tried
     assert str(tmp_path) not in text
 
 
