@@ -7,6 +7,10 @@ coordinator says which pieces it still lacks, and gets those. Once somebody ther
 answer it lacks none of an answer that is announced anew; the rest then goes as it was announced
 before.
 
+Flower also takes any answer for that to the message it has just fetched. Where one of a run that
+is over turned up late, each answer from then on waited for the next message. Here the node waits
+for the right one.
+
 It replaces one name in a module of Flower 1.41 that is not public; a test watches over it.
 """
 
@@ -99,10 +103,25 @@ def main() -> None:
 
     def push_answers(state: Any, object_store: Any, send: Announce, push_object: Push) -> None:
         held = Announcement(send, push_object)
-        push_messages(state, object_store, held.announce, held.push)
+        push_all(state, lambda: push_messages(state, object_store, held.announce, held.push))
 
     flower._push_messages = push_answers
     flower_supernode()
+
+
+def push_all(state: Any, push: Callable[[], None]) -> None:
+    """Push answers until that to the message that was fetched last is among them.
+
+    Args:
+        state: Flower's: messages and answers by number, a message until its answer is pushed.
+        push: Flower's: waits for any answer, and pushes all there are.
+    """
+    with state.lock_msg_store:
+        known = state.msg_store.items()
+        fetched = [n for n, entry in known if not entry.message.metadata.reply_to_message_id]
+    push()
+    while fetched and fetched[-1] in state.msg_store:
+        push()
 
 
 if __name__ == "__main__":

@@ -3,13 +3,17 @@
 import inspect
 import random
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
 
 import flwr.supernode.start_client_internal as flower
 import pytest
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
+from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 
 from dafne_federated.client import node
-from dafne_federated.client.node import REPLACED, Announcement
+from dafne_federated.client.node import REPLACED, Announcement, push_all
 
 
 def test_flower_sends_answers_by_the_name_that_is_replaced() -> None:
@@ -21,6 +25,31 @@ def test_flower_sends_answers_by_the_name_that_is_replaced() -> None:
     inside = inspect.getsource(getattr(flower, REPLACED))
     assert "ids_obj_to_send, session_id = send(message, object_tree, clientapp_runtime)" in inside
     assert "partial(push_object, run_id, session_id)" in inside
+
+
+def test_an_answer_that_turns_up_late_is_not_taken_for_that_to_the_last_message() -> None:
+    state = InMemoryNodeState(InMemoryObjectStore())
+    sent: list[str] = []
+    ready = [["old"], ["mine"]]
+
+    def entry(answers: str = "") -> Any:
+        return SimpleNamespace(
+            message=SimpleNamespace(metadata=SimpleNamespace(reply_to_message_id=answers))
+        )
+
+    state.msg_store |= {"stuck": entry(), "late answer": entry("gone"), "mine": entry()}
+
+    def push() -> None:
+        for number in ready.pop(0):
+            sent.append(number)
+            state.msg_store.pop(number, None)
+
+    push_all(state, push)
+    assert (sent, ready) == (["old", "mine"], [])
+    state.msg_store.clear()
+    ready.append(["error"])  # of a message that Flower refused itself
+    push_all(state, push)
+    assert sent[-1] == "error"
 
 
 class Coordinator:
