@@ -20,9 +20,10 @@ from typing import Any
 
 from flwr.app import Context, Message
 
+from dafne_federated.client.flower_parts import replace_parts
 from dafne_federated.client.refusals import note_refusal
 from dafne_federated.client.site_settings import REFUSED
-from dafne_federated.core.errors import BundleError, RunError
+from dafne_federated.core.errors import BundleError
 from dafne_federated.core.files import sha256
 from dafne_federated.core.flower_bundle import check_bundle
 
@@ -101,12 +102,9 @@ def main() -> None:
     import flwr.supernode.runtime.run_clientapp as runtime
     from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 
-    if not all(hasattr(runtime, name) for name in REPLACED):
-        msg = "this version of Flower is not one that the guard was made for"
-        raise RunError(msg)
-    runtime.install_from_fab = look_at_bundle  # type: ignore[attr-defined, assignment]
-    runtime.get_load_client_app_fn = installed_loader  # type: ignore[attr-defined]
-    runtime.register_signal_handlers = end_with_an_answer  # type: ignore[attr-defined]
+    ours: tuple[Callable[..., Any], ...]
+    ours = (look_at_bundle, installed_loader, end_with_an_answer)
+    replace_parts(runtime, "guard", **dict(zip(REPLACED, ours, strict=True)))
     flwr_clientapp()
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from dafne_federated.core.errors import RunError
+from dafne_federated.client.flower_parts import replace_parts
 
 REPLACED = "_push_messages"
 _ATTEMPTS = 8  # at one piece
@@ -96,16 +96,12 @@ def main() -> None:
     import flwr.supernode.start_client_internal as flower
     from flwr.supernode.cli import flower_supernode
 
-    if not hasattr(flower, REPLACED):
-        msg = "this version of Flower is not one that the node was made for"
-        raise RunError(msg)
-    push_messages = flower._push_messages
-
     def push_answers(state: Any, object_store: Any, send: Announce, push_object: Push) -> None:
         held = Announcement(send, push_object)
+        push_messages = theirs[REPLACED]
         push_all(state, lambda: push_messages(state, object_store, held.announce, held.push))
 
-    flower._push_messages = push_answers
+    theirs = replace_parts(flower, "node", **{REPLACED: push_answers})
     flower_supernode()
 
 

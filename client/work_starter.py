@@ -15,6 +15,7 @@ from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult, SubprocessExecutor
 
 from dafne_federated.client import guard
+from dafne_federated.client.flower_parts import replace_parts
 from dafne_federated.client.refusals import note_refusal
 from dafne_federated.core.errors import RunError
 
@@ -64,10 +65,7 @@ def main() -> None:
     from flwr.supercore.cli.flower_superexec import flower_superexec
     from flwr.supercore.superexec import run_superexec
 
-    if not hasattr(run_superexec, "get_executor"):
-        msg = "this version of Flower is not one that the guard was made for"
-        raise RunError(msg)
-    run_superexec.get_executor = lambda *_given, **_named: GuardedStart()
+    replace_parts(run_superexec, "guard", get_executor=lambda *_given, **_named: GuardedStart())
     flower_superexec()
 
 

@@ -63,6 +63,11 @@ class BenchmarkFolder:
         return self.path / "results.jsonl"
 
     @property
+    def choice(self) -> Path:
+        """The choice of settings; there from the moment on at which the test was touched."""
+        return self.path / "final.json"
+
+    @property
     def final(self) -> Path:
         """Lines of tests."""
         return self.path / "final.jsonl"
@@ -70,8 +75,9 @@ class BenchmarkFolder:
     @property
     def tested_cells(self) -> frozenset[str]:
         """The fits that the test is made of; empty as long as it was not begun."""
-        path = self.path / "final.json"
-        return frozenset(json.loads(path.read_text())["cells"]) if path.exists() else frozenset()
+        if not self.choice.exists():
+            return frozenset()
+        return frozenset(json.loads(self.choice.read_text())["cells"])
 
     @property
     def report(self) -> Path:

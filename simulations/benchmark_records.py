@@ -104,6 +104,11 @@ class FitLine(_Line):
     base_digest: str
     scores: tuple[Score, ...]
 
+    @property
+    def reached(self) -> Point | None:
+        """The point that was kept, the first where that was the start; None without any."""
+        return self.curve[max(self.kept, 0)] if self.curve else None
+
 
 class BaseLine(_Line):
     """The training of the base of a fold.

@@ -217,10 +217,9 @@ def _left(group: Group, started: Started, known: dict[str, FitLine]) -> tuple[in
 
 def _refuse_after_test(folder: BenchmarkFolder, started: Started, chosen: Sequence[Group]) -> None:
     """Refuse new fits once the test was touched: it would be chosen on."""
-    path = folder.path / "final.json"
-    if not path.exists():
+    if not folder.choice.exists():
         return
-    tested = json.loads(path.read_text())["cells"]
+    tested = folder.tested_cells
     known = {line.cell: line for line in read_lines(folder.results, FitLine)}
     for group in chosen:
         if any(_left(group, started, known)):
@@ -236,14 +235,13 @@ def _refuse_after_test(folder: BenchmarkFolder, started: Started, chosen: Sequen
 
 
 def _keep_choice(folder: BenchmarkFolder, started: Started, chosen: Sequence[Group]) -> None:
-    path = folder.path / "final.json"
-    if path.exists():
+    if folder.choice.exists():
         return
     known = {line.cell: line for line in read_lines(folder.results, FitLine)}
     cells = [cell for group in chosen for cell in _choice(group, started, known)]
     keys = [cell_key(started.scenario, cell, started.data_digest) for cell in cells]
     content = {"scenario": started.scenario.digest, "cells": keys}
-    write_atomic(path, json.dumps(content, indent=1).encode())
+    write_atomic(folder.choice, json.dumps(content, indent=1).encode())
 
 
 def _bases(benchmark: Benchmark, started: Started) -> None:

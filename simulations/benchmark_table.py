@@ -136,7 +136,7 @@ def markdown(rows: Sequence[Row], tested: bool) -> str:
     head = ["persons per site", "arm", f"Dice, {who} persons", *against]
     head += ["Dice, centre that took no part", *against]
     head += ["passes", "s", "MB", "trained", "chosen"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    found = []
     for row in rows:
         people = f" ({row.people} persons)"
         cells = [
@@ -150,10 +150,21 @@ def markdown(rows: Sequence[Row], tested: bool) -> str:
             f"{row.seconds:.0f}",
             "-" if row.megabytes is None else f"{row.megabytes:.2f}",
             str(row.parameters),
-            ", ".join(f"{key} {value}" for key, value in row.variant.items()),
+            variant_words(row.variant),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        found.append(cells)
+    return grid(head, found)
+
+
+def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return cells as a Markdown table."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def variant_words(variant: Mapping[str, Any]) -> str:
+    """Return e.g. ``rank 2, learning-rate 0.02``; empty where an arm stands as it is."""
+    return ", ".join(f"{name} {value}" for name, value in variant.items())
 
 
 def interval_words(found: Interval | None, signed: bool = False) -> str:
@@ -183,7 +194,7 @@ def _row(found: Measured, arm: str, size: int, persons: int, descriptive: bool, 
     fits, lines = found.of(arm, size), found.scored(arm, size)
     reference = found.scored(REFERENCE, persons) if arm != REFERENCE else []
     people, values = dice_matrix(lines)
-    kept = [fit.curve[max(fit.kept, 0)] for fit in fits if fit.curve]
+    kept = [point for fit in fits if (point := fit.reached)]
     gains = [
         difference(lines, reference, held_out, descriptive) if lines and reference else None
         for held_out in (False, True)

@@ -14,6 +14,7 @@ from dafne_federated.simulations.benchmark_cells import (
 )
 from dafne_federated.simulations.benchmark_folder import BenchmarkFolder
 from dafne_federated.simulations.benchmark_records import FitLine, read_lines
+from dafne_federated.simulations.benchmark_table import grid, variant_words
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def tried_settings(folder: BenchmarkFolder) -> list[Tried]:
             continue
         best = chosen_variant(lines)
         for line in lines:
-            kept = line.curve[max(line.kept, 0)] if line.curve else None
+            kept = line.reached
             found.append(
                 Tried(
                     arm=group.arm,
@@ -77,17 +78,17 @@ def tuning_markdown(tried: Sequence[Tried]) -> str:
     folds = len({one.fold for one in tried}) > 1
     head = ["persons per site", "arm", *(["fold"] if folds else []), "tried"]
     head += ["Dice, tuning persons", "s", "MB", "chosen"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for one in tried:
-        cells = [
+    rows = [
+        [
             str(one.persons or "all"),
             one.arm,
             *([one.fold] if folds else []),
-            ", ".join(f"{key} {value}" for key, value in one.variant.items()) or "as it stands",
+            variant_words(one.variant) or "as it stands",
             "-" if one.dice is None else f"{one.dice:.3f}",
             f"{one.seconds:.0f}",
             f"{one.megabytes:.2f}" if one.megabytes else "-",
             "yes" if one.chosen else "",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for one in tried
+    ]
+    return grid(head, rows)

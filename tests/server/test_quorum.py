@@ -23,6 +23,13 @@ def final(folder: RunFolder) -> bytes:
     return state_bytes(folder.plan(), folder.state_after(folder.rounds()[-1].round))
 
 
+def unbroken(new_run: Make, make_grid: Make) -> bytes:
+    """Return the last state of a run of two sites in which nothing goes wrong."""
+    folder = new_run()
+    run_rounds(make_grid(folder, "ab"), folder)
+    return final(folder)
+
+
 def site(grid: Any, name: str) -> Any:
     (found,) = (s for s in grid.sites.values() if s.name == name)
     return found
@@ -57,13 +64,12 @@ def silent(message: Message, content: RecordDict) -> RecordDict | None:
 def test_a_round_that_is_asked_again_ends_in_the_same_bits(
     new_run: Make, make_grid: Make, answer: Any, retries: int
 ) -> None:
-    smooth = new_run()
-    run_rounds(make_grid(smooth, "ab"), smooth)
+    smooth = unbroken(new_run, make_grid)
     folder = new_run(deadline=0.1, retries=retries)
     grid = make_grid(folder, "ab")
     site(grid, "site-b").change = times(answer, retries, "2")
     run_rounds(grid, folder)
-    assert final(folder) == final(smooth)
+    assert final(folder) == smooth
     assert [line.attempts for line in folder.rounds()] == [1, 1 + retries, 1, 1]
     # Nobody who has answered is asked again.
     assert site(grid, "site-a").received.count("train.round") == 3
@@ -82,8 +88,7 @@ def online_since(grid: Any, stamps: dict[str, str]) -> None:
 def test_a_site_that_was_started_again_is_asked_again_at_once(
     new_run: Make, make_grid: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    smooth = new_run()
-    run_rounds(make_grid(smooth, "ab"), smooth)
+    smooth = unbroken(new_run, make_grid)
     monkeypatch.setattr(quorum, "LOOK", 0.1)
     folder = new_run(deadline=600, retries=0)
     grid = make_grid(folder, "ab")
@@ -98,7 +103,7 @@ def test_a_site_that_was_started_again_is_asked_again_at_once(
 
     site(grid, "site-b").change = forget_once
     run_rounds(grid, folder)
-    assert final(folder) == final(smooth)
+    assert final(folder) == smooth
     assert [line.attempts for line in folder.rounds()] == [1, 1, 1, 1]
     assert site(grid, "site-a").received.count("train.round") == 3
     assert site(grid, "site-b").received.count("train.round") == 4
@@ -108,8 +113,7 @@ def test_a_site_that_was_started_again_is_asked_again_at_once(
 def test_a_site_whose_message_or_answer_was_lost_is_asked_again(
     new_run: Make, make_grid: Make, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    smooth = new_run()
-    run_rounds(make_grid(smooth, "ab"), smooth)
+    smooth = unbroken(new_run, make_grid)
     monkeypatch.setattr(lost_messages, "FIRST", 0.3)
     monkeypatch.setattr(quorum, "LOOK", 0.1)
     monkeypatch.setattr(exchange, "LOOK", 0.1)
@@ -127,7 +131,7 @@ def test_a_site_whose_message_or_answer_was_lost_is_asked_again(
 
     site(grid, "site-b").change = lose
     run_rounds(grid, folder)
-    assert final(folder) == final(smooth)
+    assert final(folder) == smooth
     assert [line.attempts for line in folder.rounds()] == [1, 1, 1, 1]
     assert lost == {"round": ["train.round"] * 2, "offer": ["query.offer"]}[kind]
     assert "query.alive" in site(grid, "site-b").received
@@ -154,15 +158,14 @@ def goes_offline(grid: Any, group: str, seconds: float) -> threading.Timer:
 def test_a_site_that_was_offline_for_a_while_loses_no_round(
     new_run: Make, make_grid: Make, monkeypatch: pytest.MonkeyPatch, min_sites: int
 ) -> None:
-    smooth = new_run()
-    run_rounds(make_grid(smooth, "ab"), smooth)
+    smooth = unbroken(new_run, make_grid)
     monkeypatch.setattr(quorum, "LOOK", 0.1)
     folder = new_run(deadline=600, retries=0, min_sites=min_sites)
     grid = make_grid(folder, "ab")
     coming = goes_offline(grid, "2", 1.0)
     run_rounds(grid, folder)
     coming.join()
-    assert final(folder) == final(smooth)
+    assert final(folder) == smooth
     assert [line.attempts for line in folder.rounds()] == [1, 1, 1, 1]
     assert site(grid, "site-b").received.count("train.round") == 4
 
@@ -191,8 +194,7 @@ def test_nobody_is_asked_again_for_what_was_refused(new_run: Make, make_grid: Ma
 def test_a_run_that_ended_for_too_few_goes_on_with_that_round(
     new_run: Make, make_grid: Make
 ) -> None:
-    smooth = new_run()
-    run_rounds(make_grid(smooth, "ab"), smooth)
+    smooth = unbroken(new_run, make_grid)
     folder = new_run(deadline=0.1, retries=0)
     grid = make_grid(folder, "ab")
     site(grid, "site-b").change = times(None, 1, "2")
@@ -202,7 +204,7 @@ def test_a_run_that_ended_for_too_few_goes_on_with_that_round(
         run_rounds(grid, folder)
     assert len(folder.rounds()) == 1
     run_rounds(make_grid(folder, "ab"), folder)
-    assert final(folder) == final(smooth)
+    assert final(folder) == smooth
 
 
 def test_enough_at_the_deadline_is_enough_and_nobody_waits_longer(
